@@ -1,0 +1,76 @@
+# Each target makes or reuses .venv by itself; all it needs is Python 3.10 to 3.13 (3.11 at best), make and pip.
+#
+#   PYTHON=python3.12           another interpreter for a new .venv
+#   TORCH_VERSION=2.13.0        another PyTorch
+#   TORCH="torch==2.13.0 --index-url https://…"    the pip arguments that install PyTorch, as they are
+#   EXTRAS=dev,cuda12           other extras of pyproject.toml
+#   TIER=rocksdb                make demo: the lower tier to show
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS ?= dev
+STAMP := $(VENV)/.installed-$(EXTRAS)
+TORCH_VERSION ?= 2.13.0
+TORCH ?=
+TIER ?=
+
+# The first that runs and has the right version: a name on the PATH may be a shim that leads nowhere.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.10 python3; do \
+	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$python && break; \
+	done)
+
+.PHONY: help demo test bench lint clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+
+demo: $(STAMP) ## two workers share the KV of a real transformer through the pool
+	TIER=$(TIER) $(BIN)/python -m demo
+
+test: $(STAMP) ## all tests that need no GPU
+	$(BIN)/python -m pytest -q
+
+bench: $(STAMP) ## the figures, on this machine
+	$(BIN)/python -m benchmarks
+
+lint: $(STAMP) ## ruff (rules, format) and mypy --strict
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+clean: ## remove .venv, caches and builds
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A plain `pip install torch` brings gigabytes of CUDA libraries. With a GPU that is right. Without one we ask for
+# the CPU build by its exact version (…+cpu): first where pip is configured to look, then at PyTorch's own CPU index
+# (one short try: it may be out of reach), and if neither has it we take what there is.
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+CPU_TORCH := torch==$(TORCH_VERSION)+cpu
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+define install_torch
+if [ -n "$(TORCH)" ]; then $(PIP) $(TORCH); \
+elif [ -e /dev/nvidia0 ] || command -v nvidia-smi >/dev/null; then $(PIP) torch==$(TORCH_VERSION); \
+else $(PIP) $(CPU_TORCH) 2>/dev/null \
+	|| $(PIP) $(CPU_TORCH) --index-url $(CPU_INDEX) --retries 0 --timeout 15 2>/dev/null \
+	|| { echo "no CPU build of PyTorch within reach: installing the default one"; $(PIP) torch==$(TORCH_VERSION); }; fi
+endef
+
+# Some systems package Python without ensurepip: the system's own pip then puts one into the new environment.
+define make_venv
+echo "making $(VENV) with $(PYTHON)"; \
+$(PYTHON) -m venv $(VENV) >/dev/null || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
+	&& $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
+endef
+
+$(STAMP): pyproject.toml
+	@[ -n "$(PYTHON)" ] || { echo "no Python 3.10 to 3.13 here: install one, or name it: make PYTHON=…" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { $(make_venv); }
+	@echo "installing vcache[$(EXTRAS)] into $(VENV): minutes the first time, seconds later"
+	@$(install_torch)
+	@$(PIP) -e '.[$(EXTRAS)]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Where VCache meets other programs: the only package that imports vllm or lmcache."""

@@ -1,0 +1,327 @@
+"""Which bytes of which segment are whose: segments cut into slabs of equal extents. No clock, no policy, no
+I/O but the table.
+
+A slab is a run of equal extents in one segment. Taking and giving back an extent is O(1). A slab without
+extents in use is spare: it keeps its shape until another size needs its room. Room between slabs that is
+smaller than one extent is slack.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from vcache.limits import EXTENT_ALIGN_BYTES, SLAB_EXTENTS_MAX, SLABS_PER_SEGMENT
+from vcache.table import ExtentTable
+
+
+@dataclass(eq=False)
+class Slab:
+    """Equal extents side by side; `free` are the indices that nobody has."""
+
+    number: int
+    segment: int
+    offset: int
+    size: int
+    indices: list[int]
+    free: list[int]
+
+    @property
+    def end(self) -> int:
+        """The offset behind its last extent."""
+        return self.offset + self.size * len(self.indices)
+
+    @property
+    def spare(self) -> bool:
+        """Whether none of its extents is in use."""
+        return len(self.free) == len(self.indices)
+
+    def __lt__(self, other: Slab) -> bool:
+        return self.offset < other.offset
+
+
+@dataclass(eq=False)
+class SegmentRoom:
+    """One segment as the allocator sees it: where extents may lie, its slabs by offset, and those with free
+    extents by size.
+    """
+
+    segment: int
+    begin: int
+    end: int
+    rank: int
+    slabs: list[Slab] = field(default_factory=list)
+    open: dict[int, dict[int, Slab]] = field(default_factory=dict)
+    used_bytes: int = 0
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that are not in use, whatever shape they have now."""
+        return self.end - self.begin - self.used_bytes
+
+    def gaps(self, passable: Callable[[Slab], bool]) -> Iterator[tuple[int, int, list[Slab]]]:
+        """Maximal runs (begin, end, slabs in it) that consist of room between slabs and of passable slabs."""
+        begin = self.begin
+        inside: list[Slab] = []
+        for slab in self.slabs:
+            if passable(slab):
+                inside.append(slab)
+                continue
+            if slab.offset > begin:
+                yield begin, slab.offset, inside
+            begin, inside = slab.end, []
+        if self.end > begin:
+            yield begin, self.end, inside
+
+
+def extent_size(length: int) -> int:
+    """The size of the extents for chunks of `length` bytes: rounded up to EXTENT_ALIGN_BYTES."""
+    return -(-length // EXTENT_ALIGN_BYTES) * EXTENT_ALIGN_BYTES
+
+
+class Allocator:
+    """Takes and gives back extents; every change goes to the table before it is seen."""
+
+    def __init__(self, table: ExtentTable) -> None:
+        self._table = table
+        self.rooms: dict[int, SegmentRoom] = {}
+        self.slabs: dict[int, Slab] = {}
+        self._slab_of: list[Slab | None] = []
+        self._unused: list[int] = []
+        self._slab_numbers: list[int] = []
+        self.table_full = 0
+
+    # -- segments
+
+    def add_segment(self, segment: int, begin: int, end: int, rank: int) -> None:
+        """Lend [begin, end) of a segment to the pool."""
+        begin = -(-begin // EXTENT_ALIGN_BYTES) * EXTENT_ALIGN_BYTES
+        self.rooms[segment] = SegmentRoom(segment, begin, max(begin, end), rank)
+
+    def drop_segment(self, segment: int) -> list[int]:
+        """Take a segment out with all its extents, whatever their state; returns the indices, EMPTY now."""
+        room = self.rooms.pop(segment)
+        gone: list[int] = []
+        for slab in room.slabs:
+            gone.extend(slab.indices)
+            self._retire(slab)
+        return gone
+
+    def sizes(self) -> set[int]:
+        """The extent sizes into which slabs are cut now."""
+        return {slab.size for slab in self.slabs.values()}
+
+    # -- extents
+
+    def take(self, count: int, size: int, near: int) -> list[int]:
+        """Up to `count` free extents of `size` bytes, FREE in the table still: `near` first, then the
+        roomiest segments.
+        """
+        taken: list[int] = []
+        for room in self._order(near):
+            self._take_from(room, count, size, taken)
+            if len(taken) == count:
+                break
+        return taken
+
+    def _order(self, near: int) -> list[SegmentRoom]:
+        """Low ranks first; in a rank the nearest, then by free room."""
+        return sorted(
+            self.rooms.values(), key=lambda room: (room.rank, room.segment != near, -room.free_bytes)
+        )
+
+    def _take_from(self, room: SegmentRoom, count: int, size: int, taken: list[int]) -> None:
+        while len(taken) < count:
+            slabs = room.open.get(size)
+            slab = next(iter(slabs.values())) if slabs else self._cut(room, size)
+            if slab is None:
+                return
+            part = min(count - len(taken), len(slab.free))
+            taken.extend(reversed(slab.free[-part:]))
+            del slab.free[-part:]
+            room.used_bytes += part * size
+            if not slab.free:
+                self._close(slab)
+
+    def give_back(self, index: int) -> None:
+        """The extent (FREE in the table) is nobody's; O(1)."""
+        slab = self.slab_of(index)
+        slab.free.append(index)
+        room = self.rooms[slab.segment]
+        room.used_bytes -= slab.size
+        room.open.setdefault(slab.size, {})[slab.number] = slab
+
+    def slab_of(self, index: int) -> Slab:
+        """The slab that an extent belongs to."""
+        slab = self._slab_of[index]
+        assert slab is not None, f"extent {index} is in no slab"
+        return slab
+
+    def in_slab(self, index: int) -> bool:
+        """Whether this record stands for an extent now."""
+        return index < len(self._slab_of) and self._slab_of[index] is not None
+
+    # -- slabs
+
+    def _cut(self, room: SegmentRoom, size: int) -> Slab | None:
+        """A new slab of this size where there is room, spare slabs of other sizes given up for it."""
+        spare_or_none = (lambda slab: False, lambda slab: slab.spare)
+        for passable in spare_or_none:
+            for begin, end, inside in room.gaps(passable):
+                if end - begin >= size:
+                    for slab in inside:
+                        self.dissolve(slab)
+                    return self._cut_at(room, begin, end, size)
+        return None
+
+    def _cut_at(self, room: SegmentRoom, begin: int, end: int, size: int) -> Slab | None:
+        share = max((room.end - room.begin) // SLABS_PER_SEGMENT, size)
+        count = min(share // size, (end - begin) // size, SLAB_EXTENTS_MAX)
+        indices = self._records(count)
+        if not indices:
+            return None
+        for position, index in enumerate(indices):
+            self._table.cut(index, room.segment, begin + position * size, size)
+        slab = self.adopt(room.segment, begin, size, indices)
+        for index in reversed(indices):
+            slab.free.append(index)
+        room.used_bytes -= size * len(indices)
+        room.open.setdefault(size, {})[slab.number] = slab
+        return slab
+
+    def adopt(self, segment: int, offset: int, size: int, indices: list[int]) -> Slab:
+        """Take up a slab that the table already has, all extents in use; give_back says which are not."""
+        number = self._slab_numbers.pop() if self._slab_numbers else len(self.slabs)
+        slab = Slab(number, segment, offset, size, indices, [])
+        self.slabs[number] = slab
+        room = self.rooms[segment]
+        insort(room.slabs, slab)
+        room.used_bytes += size * len(indices)
+        if len(self._slab_of) <= max(indices):
+            self._slab_of.extend([None] * (max(indices) + 1 - len(self._slab_of)))
+        for index in indices:
+            self._slab_of[index] = slab
+        return slab
+
+    def dissolve(self, slab: Slab) -> None:
+        """Give up a spare slab: its records become EMPTY, its bytes room."""
+        assert slab.spare, f"slab at {slab.offset} of segment {slab.segment} is in use"
+        room = self.rooms[slab.segment]
+        self._close(slab)
+        room.slabs.remove(slab)
+        self._retire(slab)
+
+    def _retire(self, slab: Slab) -> None:
+        for index in slab.indices:
+            self._table.dissolve(index)
+            self._slab_of[index] = None
+        self._unused.extend(reversed(slab.indices))
+        del self.slabs[slab.number]
+        self._slab_numbers.append(slab.number)
+
+    def _close(self, slab: Slab) -> None:
+        slabs = self.rooms[slab.segment].open[slab.size]
+        slabs.pop(slab.number, None)
+        if not slabs:
+            del self.rooms[slab.segment].open[slab.size]
+
+    # -- records
+
+    def dissolve_records(self, indices: list[int]) -> None:
+        """After a restart: these extents are of a segment that has gone."""
+        for index in indices:
+            self._table.dissolve(index)
+        self._unused.extend(indices)
+
+    def forget_records(self, used: int, empty: Iterable[int]) -> None:
+        """After a restart: records [0, used) were in use once, `empty` of them stand for nothing now."""
+        if len(self._slab_of) < used:
+            self._slab_of.extend([None] * (used - len(self._slab_of)))
+        self._unused = sorted(empty, reverse=True)
+
+    def _records(self, count: int) -> list[int]:
+        """Up to `count` records to write: none if the table, or the file system that it is on, is full."""
+        used = len(self._slab_of)
+        fresh = min(count - len(self._unused), self._table.capacity - used)
+        if fresh > 0 and self._table.ensure(used + fresh):
+            self._slab_of.extend([None] * fresh)
+            self._unused[:0] = range(used + fresh - 1, used - 1, -1)
+        taken = self._unused[-count:]
+        del self._unused[len(self._unused) - len(taken) :]
+        taken.reverse()
+        self.table_full += len(taken) < count
+        return taken
+
+    # -- room for another size
+
+    def window(
+        self, size: int, empties: Callable[[Slab], bool], coldness: Callable[[Slab], int]
+    ) -> list[Slab] | None:
+        """The slabs of other sizes to empty so that an extent of `size` fits: the coldest, or those beside
+        slack.
+
+        empties: whether a slab may be emptied. coldness: its last use. Among windows that waste nothing the
+        coldest is taken; otherwise one that touches slack, so that slack does not spread over the segment.
+        """
+        best: tuple[bool, int, list[Slab]] | None = None
+        for room in self.rooms.values():
+            for begin, end, inside in room.gaps(
+                lambda slab: slab.size != size and (slab.spare or empties(slab))
+            ):
+                if end - begin < size:
+                    continue
+                for first, last in _windows(begin, end, inside, size):
+                    slabs = inside[first:last]
+                    lower = inside[first - 1].end if first else begin
+                    upper = inside[last].offset if last < len(inside) else end
+                    slack = (slabs[0].offset - lower) + (upper - slabs[-1].end)
+                    waste = (slabs[-1].end - slabs[0].offset) % size
+                    found = (waste > 0 and not slack, max(map(coldness, slabs)), slabs)
+                    if best is None or found[:2] < best[:2]:
+                        best = found
+        return best[2] if best else None
+
+    def check(self) -> None:
+        """Prove that extents do not overlap, that slabs and table agree and that no record is lost."""
+        seen: set[int] = set()
+        for room in self.rooms.values():
+            at, used = room.begin, 0
+            for slab in room.slabs:
+                assert at <= slab.offset and slab.end <= room.end, (
+                    f"slab at {slab.offset} overlaps or leaves its segment"
+                )
+                at = slab.end
+                used += (len(slab.indices) - len(slab.free)) * slab.size
+                assert len(set(slab.free)) == len(slab.free) and set(slab.free) <= set(slab.indices)
+                is_open = slab.number in room.open.get(slab.size, {})
+                assert is_open == bool(slab.free), (
+                    f"slab {slab.number}: open={is_open}, {len(slab.free)} free"
+                )
+                for position, index in enumerate(slab.indices):
+                    assert index not in seen, f"extent {index} is in two slabs"
+                    seen.add(index)
+                    assert self._slab_of[index] is slab
+                    record = self._table.records[index]
+                    assert (
+                        record["offset"] == slab.offset + position * slab.size and record["size"] == slab.size
+                    )
+                    assert record["segment"] == room.segment
+            assert used == room.used_bytes, (
+                f"segment {room.segment}: {room.used_bytes} bytes used, counted {used}"
+            )
+        assert not seen & set(self._unused) and len(set(self._unused)) == len(self._unused)
+        assert len(seen) + len(self._unused) == len(self._slab_of), "a record is neither in a slab nor unused"
+
+
+def _windows(begin: int, end: int, inside: list[Slab], size: int) -> Iterator[tuple[int, int]]:
+    """Minimal runs inside[first:last] that, with the room around them, hold one extent of `size`."""
+    last = 0
+    for first in range(len(inside)):
+        lower = inside[first - 1].end if first else begin
+        last = max(last, first + 1)
+        while last < len(inside) and inside[last].offset - lower < size:
+            last += 1
+        upper = inside[last].offset if last < len(inside) else end
+        if upper - lower >= size:
+            yield first, last

@@ -1,0 +1,272 @@
+"""The configuration: the one place that reads files and the environment.
+
+    defaults  <  YAML file (--config, VCACHE_CONFIG)  <  VCACHE_* variables  <  keyword arguments
+
+`load` returns frozen structs of which every value was checked, and says of each one where it came from. A
+variable is named after its field: VCACHE_LOG_LEVEL is `log.level`. "none" stands for no value where a field
+may have none; an empty variable counts as not set.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Final, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta, field
+
+from vcache.config_values import Bytes, checked, suggestion
+from vcache.config_values import parse_size as parse_size  # callers find it here
+from vcache.errors import ConfigError
+from vcache.limits import EXTENTS_MAX_DEFAULT, GIB
+
+DAY_S: Final = 86_400
+YEAR_S: Final = 365 * DAY_S
+
+Device = Annotated[
+    str,
+    Meta(
+        pattern=r"^(shm:[0-9]{1,4}|cuda:[0-9A-Za-z-]+)\Z",
+        extra={"wanted": "a device such as 'shm:0', 'cuda:0' or 'cuda:GPU-<uuid>'"},
+    ),
+]
+Text = Annotated[str, Meta(min_length=1)]
+
+
+class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`vcache-metadata`, and what clients do about it when it is not there."""
+
+    # One line added to vLLM shall be enough; whoever runs the server as a service turns it off.
+    autostart: bool = True
+    # A server that a client started ends after this long without a session, so that tests and notebooks leave
+    # none behind; 0: never. Long enough to restart an engine in.
+    idle_exit_s: Annotated[float, Meta(ge=0, le=YEAR_S)] = 60.0
+    # lru is what everybody expects; s3fifo keeps one-time prompts from pushing out shared ones.
+    policy: Literal["lru", "s3fifo"] = "lru"
+    # Records in the extent table, 128 bytes each. A record that is not used takes no memory.
+    extents_max: Annotated[int, Meta(ge=64, le=1 << 28)] = EXTENTS_MAX_DEFAULT
+    # Age at which a chunk expires unless its store said otherwise; 0: never, room alone decides.
+    default_ttl_s: Annotated[float, Meta(ge=0, le=10 * YEAR_S)] = 0.0
+    # How long a reader may count on what it was granted: a few times the longest copy of one request.
+    lease_ms: Annotated[int, Meta(ge=10, le=3_600_000)] = 5_000
+    # Per session. Pins have no deadline, so a limit is all that keeps one reader from holding the whole pool:
+    # this is a prompt of 32 k tokens of Llama-3-8B (128 KiB each).
+    pinned_bytes_max: Bytes = 4 * GIB
+    # Group that may use the pool too (sockets and table get mode 0660 instead of 0600); None: only this user.
+    group: Text | None = None
+
+
+class ClientConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How a process talks to the server."""
+
+    # A request that takes longer is a miss. The server answers in well under a millisecond; the rest is for a
+    # machine so loaded that it is not scheduled.
+    request_timeout_ms: Annotated[int, Meta(ge=1, le=600_000)] = 500
+    # For the session, which carries descriptors, and for a server that is being started (half a second).
+    connect_timeout_ms: Annotated[int, Meta(ge=1, le=600_000)] = 2_000
+    # How often it tells what it owns: what a lost reply leaked comes back within this time.
+    declare_interval_s: Annotated[float, Meta(ge=0.05, le=3_600)] = 5.0
+
+
+class SegmentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The segment that this process lends to the pool."""
+
+    # Bytes, '2GiB', or 'auto': derived from what is free on the device. 0: this process lends nothing,
+    # holders do.
+    size: Bytes | Literal["auto"] = "auto"
+    # NUMA node that shared memory lies on; None: wherever the kernel puts it.
+    numa: Annotated[int, Meta(ge=0, le=1_023)] | None = None
+
+
+class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What `VCacheEngine` stores, and how."""
+
+    # Tokens of one chunk. Smaller ones share more, larger ones cost fewer keys; 256 is LMCache's too.
+    chunk_tokens: Annotated[int, Meta(ge=1, le=65_536)] = 256
+    # Whether the last tokens that fill no chunk are stored: pays only where the very same prompt comes again.
+    store_partial_chunks: bool = False
+    # Threads that copy between paged KV and shared memory; 0: as many as torch has.
+    copy_threads: Annotated[int, Meta(ge=0, le=1_024)] = 0
+    # Chunks that may wait for a lower tier. Waiting ones are pinned, so the pool loses that many extents at
+    # most; what finds the queue full is not written below.
+    tier_queue_chunks: Annotated[int, Meta(ge=1, le=65_536)] = 64
+
+
+class LogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Logging of the commands; a library leaves logging to its application (see `vcache.logs`)."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    # json for machines that collect logs: one JSON value a line.
+    format: Literal["text", "json"] = "text"
+    # Opened again when it was rotated away; None: standard error.
+    file: Text | None = None
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """All of it. `load` makes one; the constructor itself checks nothing."""
+
+    # Where the sockets, the extent table and the locks are: processes with the same one share a pool. None:
+    # derived from the user (vcache/runtime.py).
+    runtime_dir: Text | None = None
+    # The device that this process' segment lies on. Several 'shm:N' on one machine play several GPUs.
+    device: Device = "shm:0"
+    server: ServerConfig = field(default_factory=ServerConfig)
+    client: ClientConfig = field(default_factory=ClientConfig)
+    segment: SegmentConfig = field(default_factory=SegmentConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+class Row(NamedTuple):
+    """One field of the effective configuration: `name` is dotted, `origin` as in `Loaded.origin`."""
+
+    name: str
+    value: bool | int | float | str | None
+    origin: str
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """A checked configuration, and of each field ("log.level") where its value came from.
+
+    An origin is "default", "file PATH", "env NAME" or "argument".
+    """
+
+    config: Config
+    origin: Mapping[str, str]
+
+    def describe(self) -> list[Row]:
+        """Every field, in the order of declaration."""
+        return [Row(name, value, self.origin[name]) for name, value in _flat(self.config)]
+
+
+def load(
+    path: str | Path | None = None, *, environ: Mapping[str, str] | None = None, **overrides: Any
+) -> Loaded:
+    """Read and check the configuration; raises `ConfigError`: field, source, value, what is wanted.
+
+    `path` defaults to VCACHE_CONFIG, `environ` to the process' environment. Overrides are nested or dotted:
+    `load(client={"request_timeout_ms": 5})`, `load(**{"client.request_timeout_ms": 5})`.
+    """
+    values = {name: known.default for name, known in _FIELDS.items()}
+    origin = dict.fromkeys(_FIELDS, "default")
+    for source in _sources(path, os.environ if environ is None else environ, overrides):
+        for name, value in source.given:
+            if origin[name] == source.origin:
+                raise ConfigError(f"{name} (from {source.where}): given twice, wanted once")
+            type_ = _FIELDS[name].type
+            values[name] = checked(name, value, type_, source.where, is_text=source.origin.startswith("env "))
+            origin[name] = source.origin
+    return Loaded(_assemble(values), MappingProxyType(origin))
+
+
+def environ_of(config: Config) -> dict[str, str]:
+    """VCACHE_* variables from which a child process loads this very configuration."""
+    text = {"True": "true", "False": "false", "None": "none"}
+    return {_FIELDS[name].variable: text.get(str(value), str(value)) for name, value in _flat(config)}
+
+
+class _Source(NamedTuple):
+    origin: str
+    where: str
+    given: Iterable[tuple[str, object]]
+
+
+class _Field(NamedTuple):
+    type: Any
+    default: Any
+    variable: str
+
+
+def _known(struct: type[msgspec.Struct], prefix: str = "") -> Iterator[tuple[str, _Field]]:
+    for member in msgspec.structs.fields(struct):
+        name = prefix + member.name
+        if isinstance(member.type, type) and issubclass(member.type, msgspec.Struct):
+            yield from _known(member.type, f"{name}.")
+        else:
+            yield name, _Field(member.type, member.default, "VCACHE_" + name.upper().replace(".", "_"))
+
+
+_FIELDS: Final = dict(_known(Config))
+_NAMES: Final = {known.variable: name for name, known in _FIELDS.items()}
+_SECTIONS: Final = {name.split(".")[0] for name in _FIELDS if "." in name}
+_RESERVED: Final = {"VCACHE_CONFIG"}
+
+
+def _flat(config: Config) -> Iterator[tuple[str, Any]]:
+    for name in _FIELDS:
+        section, _, last = name.rpartition(".")
+        yield name, getattr(getattr(config, section) if section else config, last)
+
+
+def _assemble(values: Mapping[str, Any]) -> Config:
+    tree: dict[str, Any] = {section: {} for section in _SECTIONS}
+    for name, value in values.items():
+        section, _, last = name.rpartition(".")
+        (tree[section] if section else tree)[last] = value
+    return msgspec.convert(tree, Config)
+
+
+def _sources(
+    path: str | Path | None, environ: Mapping[str, str], overrides: Mapping[str, Any]
+) -> Iterator[_Source]:
+    """What overrides the defaults, the weakest first."""
+    named_by = "" if path else " (from VCACHE_CONFIG)"
+    path = path or environ.get("VCACHE_CONFIG")
+    if path:
+        yield _Source(f"file {path}", str(path), _nested(_read_yaml(Path(path), named_by), str(path)))
+    for variable in sorted(environ):
+        if variable.startswith("VCACHE_") and variable not in _RESERVED and environ[variable]:
+            if variable not in _NAMES:
+                raise ConfigError(f"{variable}: unknown variable{suggestion(variable, _NAMES)}")
+            yield _Source(f"env {variable}", variable, [(_NAMES[variable], environ[variable])])
+    yield _Source("argument", "argument", _nested(overrides, "argument"))
+
+
+def _nested(tree: Mapping[Any, Any], where: str, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if name in _FIELDS:
+            yield name, value
+        elif name not in _SECTIONS:
+            raise ConfigError(f"{name} (from {where}): unknown field{_nearest(name)}")
+        elif isinstance(value, Mapping):
+            yield from _nested(value, where, f"{name}.")
+        elif value is not None:  # a section of which every line is commented out is None
+            raise ConfigError(f"{name} (from {where}): got {value!r}, wanted a mapping of its fields")
+
+
+def _nearest(name: str) -> str:
+    section, _, last = name.rpartition(".")
+    members = [known.removeprefix(f"{section}.") for known in _FIELDS if known.rpartition(".")[0] == section]
+    return suggestion(last, members if section else [*members, *sorted(_SECTIONS)])
+
+
+def _read_yaml(path: Path, named_by: str) -> Mapping[Any, Any]:
+    import yaml  # here, since most processes have no file to read
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}{named_by}: cannot be read, wanted a YAML file: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict) or not isinstance(root, yaml.MappingNode):
+        raise ConfigError(
+            f"{path}: got a {type(tree).__name__}, wanted a mapping of sections and fields at the top"
+        )
+    for mapping in (root, *(value for _, value in root.value if isinstance(value, yaml.MappingNode))):
+        seen = set()
+        for key, _ in mapping.value:
+            if key.value in seen:
+                raise ConfigError(
+                    f"{path}, line {key.start_mark.line + 1}: {key.value!r} is given twice, wanted once"
+                )
+            seen.add(key.value)
+    return tree

@@ -1,0 +1,203 @@
+"""Every limit, named once, with the reason for its value."""
+
+from __future__ import annotations
+
+from typing import Final
+
+KIB: Final = 1 << 10
+MIB: Final = 1 << 20
+GIB: Final = 1 << 30
+
+KEY_BYTES: Final = 32
+"""A chunk key is a 32-byte digest: BLAKE2b-256, or vLLM's own SHA-256 block hash."""
+
+FINGERPRINT_BYTES: Final = 16
+"""A layout fingerprint: 128 bits keep accidental collisions out of reach, and two fit a cache line beside a
+key.
+"""
+
+NAMESPACE_BYTES: Final = 8
+"""A model's namespace in the table, for `clear` and `list` only; keys carry the full identity."""
+
+TOKEN_BYTES: Final = 16
+"""A session's token: 128 random bits, so that it cannot be guessed."""
+
+FRAME_BYTES_MAX: Final = 4 * MIB
+"""One request or reply: holds KEYS_PER_REQUEST_MAX keys and a full declaration, and no more."""
+
+KEYS_PER_REQUEST_MAX: Final = 16_384
+"""Keys in one request: 4 M tokens of 256-token chunks; bounds how long one request can hold the server."""
+
+LIST_PAGE_MAX: Final = 1_000
+"""Rows in one page of `list`, so that listing a large directory never delays other requests by much."""
+
+EXTENT_ALIGN_BYTES: Final = 4 * KIB
+"""Extents begin at multiples of a page: 16-byte accesses on a GPU, O_DIRECT towards a disk, no false sharing.
+"""
+
+EXTENTS_MAX_DEFAULT: Final = 1 << 20
+"""Records in the extent table: 128 MiB of address space, of which only what is used takes memory."""
+
+SLAB_EXTENTS_MAX: Final = 4096
+"""Extents in one slab: bounds the work of cutting one, and of rebuilding it after a restart."""
+
+SLABS_PER_SEGMENT: Final = 64
+"""A slab's share of its segment: small enough that emptying one for another size costs little of the cache.
+"""
+
+SEGMENTS_MAX: Final = 256
+"""Segments in one pool: 16 GPUs with some holders each; the table has that many records for them."""
+
+SESSIONS_MAX: Final = 1_024
+"""Sessions at once: each costs the server two or three descriptors, of which 1,024 is the usual default
+limit's half.
+"""
+
+RESERVATIONS_PER_SESSION_MAX: Final = 65_536
+"""Extents that one session may have reserved: a whole pool's worth of large chunks, but not the whole table.
+"""
+
+RIGHTS_PER_SESSION_MAX: Final = 16_384
+"""Leases and pins (one per acquire) that a session may hold; together with a declaration they fit one frame.
+"""
+
+PINNED_EXTENTS_PER_SESSION_MAX: Final = 65_536
+"""Extents that one session may have pinned: a declaration of all of them must fit one frame."""
+
+REPLAYS_PER_SESSION: Final = 256
+"""Replies kept per session for requests that are sent again: more than any client has outstanding at once."""
+
+REPLAY_BYTES_PER_SESSION_MAX: Final = 4 * MIB
+"""Bytes of those replies: with SESSIONS_MAX sessions that all retry, the server stays under 4 GiB, in
+practice far below.
+"""
+
+LABELS_MAX: Final = 1_024
+"""Names of models and layouts that the server remembers for people to read."""
+
+LABEL_BYTES_MAX: Final = 512
+"""One such name."""
+
+SOCKET_PATH_BYTES_MAX: Final = 107
+"""A Unix socket's path: `sockaddr_un.sun_path` has 108 bytes, one of them the final zero."""
+
+SEGMENT_HEADER_BYTES: Final = 4 * KIB
+"""What a segment's header takes, and so where its first extent may begin: one page, as extents are aligned to
+pages.
+"""
+
+SEGMENT_BYTES_DEFAULT_MIN: Final = 64 * MIB
+"""A default segment is not smaller: two chunks of Llama-3-8B, the least that a prefix hit can come from."""
+
+SEGMENT_BYTES_DEFAULT_MAX: Final = 4 * GIB
+"""A default segment is not larger: nobody asked for it, so it must go unnoticed on a workstation."""
+
+SEGMENT_DEFAULT_SHARE: Final = 4
+"""A default segment is a quarter of what is available: the model and three more segments still fit."""
+
+SEGMENT_ALIGN_BYTES: Final = 2 * MIB
+"""GPU segments and default sizes are multiples of a large page: CUDA IPC shares whole allocations of that
+granularity.
+"""
+
+SEGMENT_FILL_STEP_BYTES: Final = 256 * MIB
+"""Shared memory is allocated in steps, and room looked for before each: two that allocate at once must not
+end in OOM.
+"""
+
+MEMORY_MARGIN_BYTES_MAX: Final = 512 * MIB
+"""Memory that a segment leaves alone: what "available" promises is an estimate, and one page too many is an
+OOM kill.
+"""
+
+MEMORY_MARGIN_SHARE: Final = 32
+"""That margin on small machines and in small containers: one part in 32 of the memory."""
+
+SEGMENT_DESCRIPTOR_BYTES_MAX: Final = 1 * KIB
+"""An encoded segment descriptor: ids, a label and a 64-byte IPC handle take about 200 bytes."""
+
+CHUNK_BYTES_MAX: Final = 4 * GIB - EXTENT_ALIGN_BYTES
+"""One chunk: lengths in the extent table have 32 bits; a sensible chunk is a hundredth of this."""
+
+MODEL_SAMPLES: Final = 64
+"""Pieces of each weights file that a model's identity reads: a training that moves the weights at large shows
+in some.
+"""
+
+MODEL_SAMPLE_BYTES: Final = 16 * KIB
+"""One such piece; 1 MiB per file, so a model of 200 files is identified in about a second from a local disk.
+"""
+
+FAILURE_LOG_INTERVAL_S: Final = 10.0
+"""An engine logs a failure of one cause at most this often: it is asked thousands of times a second, people
+read logs.
+"""
+
+ASYNC_THREADS: Final = 2
+"""Threads of one engine for operations with a handle: one loads while one stores; each copy has threads of
+its own.
+"""
+
+ASYNC_OPERATIONS_MAX: Final = 64
+"""Operations with a handle under way in one engine: each keeps pages and extents borrowed, and more would
+only wait.
+"""
+
+RETRIEVE_TRIES: Final = 2
+"""Times that a retrieve acquires anew when what it read was evicted meanwhile: under such pressure a third
+would lose too.
+"""
+
+PAGED_KV_DESCRIBED_MAX: Final = 2
+"""Sets of paged tensors whose description an engine keeps (and so keeps alive): a model's and its draft
+model's.
+"""
+
+HOLDER_SEARCH_INTERVAL_S: Final = 10.0
+"""How long an engine without a segment goes by what it last knew of its device's holder: holders come and go
+by hand.
+"""
+
+TIER_LOAD_CHUNKS_MAX: Final = 8
+"""Chunks read from a lower tier before they are scattered: bounds memory where the pool has no room for them.
+"""
+
+TIER_DRAIN_S: Final = 10.0
+"""How long `close` goes on writing to the lower tiers: a full queue to a local SSD, and no engine hangs on a
+broken one.
+"""
+
+CHANNELS_IDLE_MAX: Final = 32
+"""ZeroMQ channels that a client keeps open between requests: one for each thread that makes requests at once.
+"""
+
+REQUEST_SLICE_MS: Final = 20
+"""A waiting request looks this often whether the server is still there: soon, yet at no cost worth naming."""
+
+REQUEST_SENDS_MAX: Final = 4
+"""How often one request is sent within its timeout: a lost message costs a quarter of it, a slow server
+little.
+"""
+
+RECONNECT_PAUSE_MIN_S: Final = 0.02
+"""First pause before a session is tried again: a restarted server is back within a tenth of a second."""
+
+RECONNECT_PAUSE_MAX_S: Final = 1.0
+"""Longest such pause: a thousand clients without a server cost it, when it comes, a thousand handshakes in a
+second.
+"""
+
+VERSION_RETRY_S: Final = 10.0
+"""Pause after a server of another version: only an upgrade mends that."""
+
+AUTOSTART_INTERVAL_S: Final = 30.0
+"""One try in this time, by whichever client: a server that cannot start must not be started in a loop."""
+
+SESSION_PACKET_BYTES_MAX: Final = 4 * KIB
+"""One message of a session's socket: a segment descriptor and some numbers, or words of refusal."""
+
+SEGMENT_RETRY_S: Final = 1.0
+"""How long a refused or unmappable segment is taken as such before it is asked for again."""
+
+CLOSE_WAIT_S: Final = 2.0
+"""How long `Client.close` waits for running copies and for importers, who have a second to let go."""
