@@ -12,7 +12,7 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -183,7 +183,7 @@ class Directory:
                 ErrorCode.LIMIT, f"reserve: {wanted} extents wanted, this session may reserve {room} more"
             )
         present = [index for index in there if index is not None]
-        self._use(np.array(present[::-1], np.intp), now_ns)
+        self._use(np.array(present[::-1], np.intp), now_ns, counts=False)
         granted = self._allocate(wanted, extent_size(ask.size), ask.near, set(present))
         for index in granted:
             self.table.reserve(index, mine.session, rid, ask.layout)
@@ -286,16 +286,15 @@ class Directory:
 
     def _find(self, keys: list[bytes], layout: bytes) -> list[int]:
         """Extents of the leading keys that are there in this layout."""
-        found: list[int] = []
-        get = self.chunks.get
-        for key in keys:
-            index = get(key)
-            if index is None:
-                break
-            found.append(index)
-        known = self._layouts.get(layout, -1)
-        foreign = np.flatnonzero(self._layout_of[found] != known)
-        return found[: int(foreign[0])] if len(foreign) else found
+        places = list(map(self.chunks.get, keys))
+        found = cast("list[int]", places[: places.index(None)] if None in places else places)
+        known = self._layouts.get(layout)
+        if known is None:
+            return []
+        if len(self._layouts) > 1:
+            foreign = np.flatnonzero(self._layout_of[found] != known)
+            del found[int(foreign[0]) if len(foreign) else len(found) :]
+        return found
 
     def _flags(self, keys: list[bytes], layout: bytes) -> list[int]:
         """Of each key its extent, or -1."""
@@ -384,18 +383,22 @@ class Directory:
         self._use(np.array(found[::-1], np.intp), now_ns)
         return protocol.Done(len(found))
 
-    def _use(self, indices: Indices, now_ns: int) -> None:
-        """Count the extents as used, the last one as the most recent."""
+    def _use(self, indices: Indices, now_ns: int, *, counts: bool = True) -> None:
+        """The extents are used, the last one most recently; `counts` as in touch, otherwise in refresh."""
         if not len(indices):
             return
         self.table.used_ns[indices] = np.arange(now_ns, now_ns + len(indices), dtype=np.uint64)
-        for number in np.unique(self._slab_of[indices]).tolist():
+        for number in set(self._slab_of[indices].tolist()):
             self._slab_used_ns[number] = now_ns
+        by_size: dict[int, list[int]] = {}
         if len(self._orders) == 1:
-            next(iter(self._orders.values())).touch(indices.tolist())
-            return
-        for index in indices.tolist():
-            self._order(self.allocator.slab_of(index).size).touch((index,))
+            by_size = {next(iter(self._orders)): indices.tolist()}
+        else:
+            for index in indices.tolist():
+                by_size.setdefault(self.allocator.slab_of(index).size, []).append(index)
+        for size, extents in by_size.items():
+            order = self._order(size)
+            (order.touch if counts else order.refresh)(extents)
 
     # ------------------------------------------------------------------------------------------- room
 
@@ -426,17 +429,22 @@ class Directory:
         limit_ns = int(self.table.used_ns[coldest]) if coldest is not None else None
         slabs = self._colder_slabs(size, limit_ns, keep)
         if slabs:
-            for slab in slabs:
-                self._empty(slab)
+            self._empty_all(slabs)
             return True
         victims = order.evict(count, lambda index: index in keep or self.rights.held(index))
         self._evicted(victims)
         if not victims and coldest is not None:
             slabs = self._colder_slabs(size, None, keep) or []
-            for slab in slabs:
-                self._empty(slab)
+            self._empty_all(slabs)
             return bool(slabs)
         return bool(victims)
+
+    def _empty_all(self, slabs: list[Slab]) -> None:
+        for slab in slabs:
+            self._empty(slab)
+        sizes = self.allocator.sizes()
+        for size in [size for size, order in self._orders.items() if not len(order) and size not in sizes]:
+            del self._orders[size]
 
     def _colder_slabs(self, size: int, limit_ns: int | None, keep: set[int]) -> list[Slab] | None:
         """Slabs of other sizes to empty for this size: colder than `limit_ns`, or as cold as there are."""

@@ -43,6 +43,14 @@ class EvictionPolicy(Protocol):
     def touch(self, extents: Sequence[int]) -> None:
         """Note that these were used, the last one most recently; those not in the policy are ignored."""
 
+    def refresh(self, extents: Sequence[int]) -> None:
+        """Note that something was stored behind these, in this order; where the order is by last use, as
+        `touch`.
+
+        It keeps a prefix from going before its suffix. It is no use of its own: whoever stores has looked up
+        before.
+        """
+
     def remove(self, extent: int) -> None:
         """Forget an extent that left without having been chosen (removed, expired); ignored if not there."""
 
@@ -74,10 +82,15 @@ class LRU:
         self._order[extent] = None
 
     def touch(self, extents: Sequence[int]) -> None:
-        order = self._order
+        move_to_end = self._order.move_to_end
         for extent in extents:
-            if extent in order:
-                order.move_to_end(extent)
+            try:
+                move_to_end(extent)
+            except KeyError:
+                continue  # rare; asking first costs as much as moving
+
+    def refresh(self, extents: Sequence[int]) -> None:
+        self.touch(extents)
 
     def remove(self, extent: int) -> None:
         self._order.pop(extent, None)
@@ -132,6 +145,9 @@ class S3FIFO:
         for extent in extents:
             if extent < known and touches[extent] < TOUCHES_MAX:
                 touches[extent] += 1
+
+    def refresh(self, extents: Sequence[int]) -> None:
+        pass  # the queues are by insertion, and to count this use twice would make every extent a frequent one
 
     def remove(self, extent: int) -> None:
         if extent < len(self._touches) and self._touches[extent] != _OUT:

@@ -63,14 +63,14 @@ class Rights:
     def lease(self, holdings: Holdings, rid: int, indices: Indices, ends_ns: int) -> None:
         """Grant a lease under the name `rid`."""
         holdings.leases[rid] = indices
-        np.add.at(self.leases, indices, 1)
+        self.leases[indices] += 1  # an extent named twice counts once, here and when it ends
         heapq.heappush(self._lease_ends, (ends_ns, holdings.session, rid))
 
     def end_lease(self, holdings: Holdings, rid: int) -> None:
         """End a lease; one that has ended already is fine."""
         indices = holdings.leases.pop(rid, None)
         if indices is not None:
-            np.subtract.at(self.leases, indices, 1)
+            self.leases[indices] -= 1
 
     def expire_leases(self, now_ns: int) -> None:
         """End the leases whose time is up."""
@@ -190,7 +190,7 @@ class Rights:
         pins: dict[int, int] = {}
         for holdings in self.sessions.values():
             for indices in holdings.leases.values():
-                np.add.at(leases, indices, 1)
+                leases[indices] += 1
             for held in holdings.pins.values():
                 for index in held:
                     pins[index] = pins.get(index, 0) + 1

@@ -1,8 +1,8 @@
 """`vcache-metadata`: the process that owns the extent table of one machine's pool.
 
-One thread, one loop: requests from the ROUTER socket, sessions from the session socket, a tick every TICK_MS.
-The lock is taken before anything is read or bound, and a server whose lock or sockets were taken away grants
-nothing more and ends.
+One loop owns everything: requests from the ROUTER socket, sessions when the doorbell rings, a tick every
+TICK_MS. The lock is taken before anything is read or bound, and a server whose lock or sockets were taken
+away grants nothing more and ends.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Final
 
 import zmq
 
+from metadata_server import doorbell
 from metadata_server.connection import Connection
 from metadata_server.directory import Directory, Policy
 from metadata_server.errors import ServerConflict
@@ -44,7 +45,8 @@ TICK_MS: Final = 250
 """How often time passes in an idle server: leases and chunks expire on requests too, so this only bounds
 tidiness.
 """
-_BATCH: Final = 64
+_DRAIN_MAX: Final = 10_000
+"""Requests that an ending server still answers: more than clients can have under way, and an end to it."""
 _BACKLOG: Final = 128
 
 EXIT_OK: Final = 0
@@ -91,6 +93,8 @@ class Server:
         self._sessions.take_over()
         self._bind()
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        watched = (self._listener.fileno(), self._sessions.epoll.fileno(), self._wake_read)
+        self._doorbell = doorbell.Doorbell(self._context, self._router, watched)
         self._busy_ns = time.monotonic_ns()
         chunks = len(directory.chunks)
         log.info(Line("ready", pid=os.getpid(), runtime_dir=self._runtime.path, warm=warm, chunks=chunks))
@@ -102,6 +106,7 @@ class Server:
         self._context = zmq.Context(io_threads=1)
         self._router = self._context.socket(zmq.ROUTER)
         self._router.setsockopt(zmq.LINGER, 200)
+        self._router.setsockopt(zmq.RCVTIMEO, TICK_MS)
         self._router.setsockopt(zmq.MAXMSGSIZE, 16 * limits.FRAME_BYTES_MAX)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         mask = os.umask(0o777 & ~self._runtime.file_mode)
@@ -133,48 +138,54 @@ class Server:
 
     def run(self) -> int:
         """Serve until drained, idle for long enough or usurped; returns the exit code."""
-        poller = zmq.Poller()
-        poller.register(self._router, zmq.POLLIN)
-        for fd in (self._listener.fileno(), self._sessions.epoll.fileno(), self._wake_read):
-            poller.register(fd, zmq.POLLIN)
         next_tick_ns = 0
         while not self._requests.draining:
-            ready = dict(poller.poll(TICK_MS))
-            if self._router in ready:
-                self._answer_requests()
-            if self._listener.fileno() in ready:
-                self._accept()
-            if self._sessions.epoll.fileno() in ready:
-                self._sessions.dispatch()
-            now_ns = time.monotonic_ns()
+            try:
+                sender, *frames = self._router.recv_multipart()
+            except zmq.Again:
+                now_ns = time.monotonic_ns()
+            else:
+                now_ns = time.monotonic_ns()
+                self._receive(sender, frames, now_ns)
             if now_ns >= next_tick_ns:
                 next_tick_ns = now_ns + TICK_MS * 1_000_000
                 self._tick(now_ns)
                 if self._requests.usurped:
                     return EXIT_USURPED
-        while self._answer_requests():
-            pass
+        self._answer_the_rest()
         log.info(Line("ended", chunks=len(self._requests.directory.chunks)))
         return EXIT_OK
 
-    def _answer_requests(self) -> bool:
-        """Answer what has arrived, a bounded number at a time so that sessions are heard too; False if there
-        was nothing.
-        """
-        for done in range(_BATCH):
+    def _receive(self, sender: bytes, frames: list[bytes], now_ns: int) -> None:
+        if sender == doorbell.SENDER:
+            self._accept()
+            self._sessions.dispatch()
+            self._doorbell.answered()
+            return
+        reply = self._requests.answer(frames, now_ns)
+        if reply is not None:
             try:
-                sender, *frames = self._router.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return done > 0
-            reply = self._requests.answer(frames, time.monotonic_ns())
-            if reply is not None:
                 self._router.send_multipart((sender, reply), zmq.NOBLOCK)
-        return True
+            except zmq.Again:
+                log.warning(Line("a client does not read its answers: one was dropped", bytes=len(reply)))
+
+    def _answer_the_rest(self) -> None:
+        """Draining: answer what has arrived already."""
+        self._router.rcvtimeo = 0
+        try:
+            for _ in range(_DRAIN_MAX):
+                sender, *frames = self._router.recv_multipart()
+                self._receive(sender, frames, time.monotonic_ns())
+        except zmq.Again:
+            return
 
     def _accept(self) -> None:
         try:
-            sock, _ = self._listener.accept()
-            self._sessions.accept(Connection(sock))
+            while True:
+                sock, _ = self._listener.accept()
+                self._sessions.accept(Connection(sock))
+        except BlockingIOError:
+            return
         except OSError as error:
             log.warning(Line("a connection could not be accepted", error=str(error)))
 
@@ -199,6 +210,8 @@ class Server:
 
     def close(self) -> None:
         """Free sockets and lock; the table stays for the next server unless nothing is in it."""
+        os.write(self._wake_write, b"x")
+        self._doorbell.close()
         self._sessions.close()
         self._router.close()
         self._context.term()
@@ -208,7 +221,8 @@ class Server:
             self._runtime.rpc_path.unlink(missing_ok=True)
             if not self._requests.directory.rights.sessions:
                 self._runtime.table_path.unlink(missing_ok=True)
-        os.close(self._table_fd)
+        for fd in (self._table_fd, self._wake_read, self._wake_write):
+            os.close(fd)
         self._table.close()
         self._lock.release()
 

@@ -3,17 +3,17 @@
     key[-1] = H(version, layout fingerprint, model, rank, cache salt, LoRA)
     key[i]  = H(key[i-1] ‖ tokens of chunk i as little-endian int64)
 
-H is BLAKE2b. Two sequences share key[i] exactly if they share all tokens up to the end of chunk i and everything in
-the root. Python's own `hash` is never used: it differs between processes.
+H is BLAKE2b. Two sequences share key[i] exactly if they share all tokens up to the end of chunk i and
+everything in the root. Python's own `hash` is never used: it differs between processes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,8 @@ _MODEL_VERSION: Final = b"vcache.model.1"
 _WHOLE_SUFFIXES: Final = frozenset({".json", ".py"})
 _WEIGHT_SUFFIXES: Final = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz"})
 
-Tokens = Sequence[int] | npt.NDArray[np.integer[Any]] | Any
+Tokens: TypeAlias = Any
+"""A sequence of int, or a 1-D integer array or tensor: torch, whose type this would name, is not imported."""
 
 
 def join_fields(fields: Iterable[bytes]) -> bytes:
@@ -59,8 +60,8 @@ def as_tokens(tokens: Tokens, field: str = "tokens") -> npt.NDArray[np.int64]:
 class KeyChain:
     """The chunk keys of one namespace: one model, layout, rank, tenant and adapter.
 
-    `model` and `lora` are identities, best those that `model_digest` gives for their files; a name is as good as the
-    promise that it always means the same weights. A `cache_salt` isolates tenants from each other.
+    `model` and `lora` are identities, best those that `model_digest` gives for their files; a name is as good
+    as the promise that it always means the same weights. A `cache_salt` isolates tenants from each other.
     Raises ArgumentError for a fingerprint of a wrong length or a rank that is no unsigned 32-bit integer.
     """
 
@@ -80,17 +81,24 @@ class KeyChain:
         if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < 1 << 32:
             raise ArgumentError("rank", rank, "an integer from 0 to 2**32 - 1")
         salt = cache_salt.encode() if isinstance(cache_salt, str) else cache_salt
-        fields = [_ROOT_VERSION, layout_fingerprint, model.encode(), rank.to_bytes(4, "little"), salt, lora.encode()]
+        fields = [
+            _ROOT_VERSION,
+            layout_fingerprint,
+            model.encode(),
+            rank.to_bytes(4, "little"),
+            salt,
+            lora.encode(),
+        ]
         self.root = blake2b(join_fields(fields), digest_size=KEY_BYTES).digest()
 
     def extend(self, parent: bytes, tokens: Tokens) -> bytes:
-        """The key of the chunk that holds `tokens` and follows the chunk whose key is `parent` (`root` for the first)."""
+        """The key of the chunk that holds `tokens` and follows the one with key `parent` (first: `root`)."""
         if len(parent) != KEY_BYTES:
             raise ArgumentError("parent", f"{len(parent)} bytes", f"a key of {KEY_BYTES} bytes")
         return blake2b(parent + as_tokens(tokens).tobytes(), digest_size=KEY_BYTES).digest()
 
     def keys(self, tokens: Tokens, chunk_tokens: int, *, partial: bool = False) -> list[bytes]:
-        """The keys of all whole chunks of `tokens`, in order; with `partial`, also that of a last incomplete one."""
+        """The keys of all whole chunks of `tokens`, in order; with `partial`, of an incomplete last one."""
         if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
             raise ArgumentError("chunk_tokens", chunk_tokens, "a positive integer")
         array = as_tokens(tokens)
@@ -107,21 +115,25 @@ class KeyChain:
 
 
 def namespace(model: str) -> bytes:
-    """The 8-byte name under which the directory groups a model's chunks, for `clear` and `list`; not an identity."""
+    """The 8 bytes under which the directory groups a model's chunks, for `clear` and `list`; no identity."""
     return blake2b(model.encode(), digest_size=NAMESPACE_BYTES, person=b"vcache.space").digest()
 
 
 def model_digest(path_or_name: str | os.PathLike[str], revision: str = "") -> str:
     """The identity of a model, or of a LoRA adapter, as 32 hexadecimal digits.
 
-    For a directory (or one weights file): names, sizes and contents of the configuration, index and code files, names
-    and sizes of the weights, and samples of their bytes, since two checkpoints of one training run differ in nothing
-    else. Where it lies does not count. Samples can miss a change of a few tensors: give such a model its own `revision`.
-    For a name that is no path: a digest of name and revision. Raises ArgumentError for a directory without a model.
+    For a directory (or one weights file): names, sizes and contents of the configuration, index and code
+    files, names and sizes of the weights, and samples of their bytes, since two checkpoints of one training
+    run differ in nothing else. Where it lies does not count. Samples can miss a change of a few tensors: give
+    such a model its own `revision`.
+    For a name that is no path: a digest of name and revision. Raises ArgumentError for a directory without a
+    model.
     """
     path = Path(path_or_name)
     if path.is_dir():
-        names = sorted(entry.name for entry in path.iterdir() if entry.suffix in _WHOLE_SUFFIXES | _WEIGHT_SUFFIXES)
+        names = sorted(
+            entry.name for entry in path.iterdir() if entry.suffix in _WHOLE_SUFFIXES | _WEIGHT_SUFFIXES
+        )
         if not names:
             raise ArgumentError("model", path, "a directory with a configuration or weights")
         fields = [b"directory", *(field for name in names for field in _file_fields(path / name))]
@@ -140,7 +152,7 @@ def _file_fields(path: Path) -> list[bytes]:
 
 
 def _samples(file: BinaryIO, size: int) -> bytes:
-    """Evenly spaced pieces of a file, first and last included; all of it where it is not larger than they are."""
+    """Evenly spaced pieces of a file, its first and last bytes among them; a small file as it is."""
     if size <= MODEL_SAMPLES * MODEL_SAMPLE_BYTES:
         return file.read()
     pieces = []

@@ -1,8 +1,9 @@
 """What a chunk's bytes mean: `KVLayout`, its sizes and its fingerprint.
 
-Two forms. `tokens`: `[layer, K/V, token, head, head_size]` contiguous (MLA: `[layer, token, latent]`), readable
-whatever the reader's page size. `pages`: `[layer, page, the page's bytes verbatim]`, for pages whose inside only the
-engine's attention backend knows. Both are layer-major, so that layer 0 can be scattered while layer 1 is on its way.
+Two forms. `tokens`: `[layer, K/V, token, head, head_size]` contiguous (MLA: `[layer, token, latent]`),
+readable whatever the reader's page size. `pages`: `[layer, page, the page's bytes verbatim]`, for pages whose
+inside only the engine's attention backend knows. Both are layer-major, so that layer 0 can be scattered while
+layer 1 is on its way.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ DTYPE_BYTES: Final = {
 class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
     """What a chunk's bytes mean; equal layouts, and only they, have equal fingerprints.
 
-    kv_parts: 2 for K and V, 1 for MLA's single latent (then `num_kv_heads` is 1 and `head_size` the latent's width).
+    kv_parts: 2 for K and V, 1 for MLA's single latent (then `num_kv_heads` is 1 and `head_size` the latent's
+    width).
     chunk_tokens: tokens in a whole chunk; in the pages form a multiple of page_tokens.
-    page_tokens, page_bytes: pages form only: tokens in a page; bytes that a page of one layer holds, all in all.
-    page_format: pages form only: free text naming what the page's inside depends on: attention backend, ISA, ….
-        A word `axes=…` in it is compared with `PagedKV.page_axes`, so that pages of another order are refused.
-        Where one tensor holds all layers and a page of all of them is contiguous, say `num_layers=1`, count all layers
-        in `page_bytes`, and name them here: then a page is one copy.
+    page_tokens, page_bytes: pages form only: tokens in a page; bytes that a page of one layer holds, all in
+    all.
+    page_format: pages form only: free text naming what the page's inside depends on: attention backend, ISA,
+        …. A word `axes=…` in it is compared with `PagedKV.page_axes`, so that pages of another order are
+        refused. Where one tensor holds all layers and a page of all of them is contiguous, say
+        `num_layers=1`, count all layers in `page_bytes`, and name them here: then a page is one copy.
 
     Raises ArgumentError, naming the field, for values that make no layout.
     """
@@ -67,10 +70,11 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
         elif self.form != "tokens":
             raise ArgumentError("layout.form", repr(self.form), "'tokens' or 'pages'")
         elif self.page_tokens or self.page_bytes or self.page_format:
-            got = f"page_tokens={self.page_tokens}, page_bytes={self.page_bytes}, page_format={self.page_format!r}"
-            raise ArgumentError("layout.form", f"'tokens' with {got}", "'pages', or none of these")
+            wanted = "'pages' where page_tokens, page_bytes or page_format is given"
+            raise ArgumentError("layout.form", "'tokens'", wanted)
         if self.chunk_bytes > CHUNK_BYTES_MAX:
-            raise ArgumentError("layout.chunk_tokens", self.chunk_tokens, f"chunks of at most {CHUNK_BYTES_MAX} bytes")
+            wanted = f"so few that a chunk has at most {CHUNK_BYTES_MAX} bytes; it has {self.chunk_bytes}"
+            raise ArgumentError("layout.chunk_tokens", self.chunk_tokens, wanted)
 
     def _check_pages(self) -> None:
         _check_positive("page_tokens", self.page_tokens)
@@ -79,7 +83,9 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
             wanted = f"a multiple of page_tokens ({self.page_tokens})"
             raise ArgumentError("layout.chunk_tokens", self.chunk_tokens, wanted)
         if not self.page_format:
-            raise ArgumentError("layout.page_format", "''", "words that name what is inside a page (backend, ISA, axes)")
+            raise ArgumentError(
+                "layout.page_format", "''", "words that name what is inside a page (backend, ISA, axes)"
+            )
 
     @property
     def token_bytes(self) -> int:
@@ -99,7 +105,7 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
         return self.bytes_for(self.chunk_tokens)
 
     def bytes_for(self, tokens: int) -> int:
-        """Bytes of a chunk that holds `tokens` tokens; in the pages form of the whole pages that they need."""
+        """Bytes of a chunk that holds `tokens` tokens; in the pages form those of whole pages."""
         if self.form == "pages":
             return -(-tokens // self.page_tokens) * self.num_layers * self.page_bytes
         return tokens * self.token_bytes
@@ -112,12 +118,12 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
     def describe(self) -> str:
         """This layout in one line, for people."""
         parts = "K and V" if self.kv_parts == 2 else "one latent"
-        size = self.chunk_bytes
-        shown = f"{size / MIB:.4g} MiB" if size >= MIB else f"{size / KIB:.4g} KiB" if size >= KIB else f"{size} B"
+        unit, name = (MIB, "MiB") if self.chunk_bytes >= MIB else (KIB, "KiB")
+        heads = f"{self.num_kv_heads} heads of {self.head_size}"
         line = (
-            f"{self.num_layers} layers, {parts}, {self.num_kv_heads} heads of {self.head_size}, {self.dtype}; "
-            f"chunks of {self.chunk_tokens} tokens, {shown}"
+            f"{self.num_layers} layers, {parts}, {heads}, {self.dtype}; chunks of {self.chunk_tokens} tokens"
         )
+        line += f", {self.chunk_bytes / unit:.4g} {name}"
         if self.form == "pages":
             line += f", as pages of {self.page_tokens} tokens and {self.page_bytes} B ({self.page_format})"
         return line

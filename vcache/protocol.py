@@ -14,6 +14,7 @@ structs would cost more than the request itself.
 
 from __future__ import annotations
 
+import struct
 from typing import Any, Final, TypeAlias, TypeVar
 
 import msgspec
@@ -554,7 +555,7 @@ def split_keys(keys: bytes) -> list[bytes]:
     """The keys packed in `keys`. Raises RemoteProtocolError unless they fill KEY_BYTES each."""
     if len(keys) % KEY_BYTES:
         raise RemoteProtocolError(f"keys: got {len(keys)} bytes, wanted a multiple of {KEY_BYTES}")
-    return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
+    return list(struct.unpack(f"{KEY_BYTES}s" * (len(keys) // KEY_BYTES), keys))
 
 
 def join_keys(keys: list[bytes]) -> bytes:

@@ -20,7 +20,7 @@ from vcache.errors import ConfigError
 from vcache.limits import SOCKET_PATH_BYTES_MAX
 from vcache.locks import OwnerLock, lock_holder
 
-__all__ = ["OwnerLock", "RuntimeDir", "lock_holder"]
+__all__ = ["OwnerLock", "RuntimeDir", "lock_holder", "runtime_path"]
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class RuntimeDir:
         Raises ConfigError if it is a link, no directory, not ours, open to others, or too long for a socket.
         """
         number = None if group is None else _group_number(group)
-        path = Path(os.path.abspath(os.path.expanduser(configured))) if configured else _default_path()
+        path = runtime_path(configured)
         longest = os.fsencode(path / _LONGEST_SOCKET_NAME)
         if len(longest) > SOCKET_PATH_BYTES_MAX:
             wanted = SOCKET_PATH_BYTES_MAX - len(_LONGEST_SOCKET_NAME) - 1
@@ -113,6 +113,11 @@ class RuntimeDir:
     def on_tmpfs(self) -> bool:
         """Whether it lies in memory. On a disk the extent table costs writes and outlives boots."""
         return _file_system_magic(self.path) in (_TMPFS_MAGIC, _RAMFS_MAGIC)
+
+
+def runtime_path(configured: str | None = None) -> Path:
+    """Where the runtime directory is or would be; nothing is made or checked."""
+    return Path(os.path.abspath(os.path.expanduser(configured))) if configured else _default_path()
 
 
 def _default_path() -> Path:

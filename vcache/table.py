@@ -28,6 +28,7 @@ committed.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import secrets
@@ -177,7 +178,9 @@ class ExtentTable:
         os.ftruncate(fd, _EXTENTS_AT + capacity * _RECORD_BYTES)
         os.posix_fallocate(fd, 0, _EXTENTS_AT)
         header = _HEADER.pack(_IN_FORCE, _MAGIC, _FORMAT, _RECORD_BYTES, capacity, lineage, boot or boot_id())
-        os.pwrite(fd, header + zlib.crc32(header).to_bytes(4, "little"), 0)
+        header += zlib.crc32(header).to_bytes(4, "little")
+        # The zeros are written too: memory that was only allocated is a hole to SEEK_HOLE on tmpfs.
+        os.pwrite(fd, header.ljust(_EXTENTS_AT, b"\0"), 0)
         fresh.replace(path)
         return cls(path, fd, capacity, lineage)
 
@@ -213,8 +216,10 @@ class ExtentTable:
         ):
             delattr(self, name)
         self._words.release()
-        self._map.close()
         os.close(self.fd)
+        # A record that an exception's traceback still refers to keeps the map: it goes with the last of them.
+        with contextlib.suppress(BufferError):
+            self._map.close()
 
     def _verify_records(self) -> None:
         """Only what is allocated is read: a page that is merely looked at would take memory too."""

@@ -1,0 +1,196 @@
+"""The metadata server beside a bare ZeroMQ echo between two processes: `python -m benchmarks.server`.
+
+The echo is the physical limit of a request: the same frame, the same sockets, nothing done with it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import zmq
+
+from benchmarks.report import ROOT, Figure, at_least, at_most, interleaved, ratio
+from vcache import protocol
+from vcache.client import Client
+from vcache.config import load
+from vcache.layout import KVLayout
+from vcache.limits import KIB
+from vcache.segment import allocate
+
+CHUNKS: Final = 100_000
+LAYOUT: Final = KVLayout(num_layers=1, num_kv_heads=1, head_size=64, dtype="float16", chunk_tokens=16)
+ROUNDS: Final = 40
+CALLS: Final = 50
+
+_ECHO: Final = """
+import sys, zmq
+router = zmq.Context().socket(zmq.ROUTER)
+router.bind(sys.argv[1])
+while True:
+    router.send_multipart(router.recv_multipart())
+"""
+
+
+@contextmanager
+def echo(folder: Path, frame: bytes) -> Iterator[zmq.Socket[bytes]]:
+    """A DEALER socket to a process that sends everything back."""
+    endpoint = f"ipc://{folder}/echo.sock"
+    process = subprocess.Popen([sys.executable, "-c", _ECHO, endpoint])
+    context = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    dealer.connect(endpoint)
+    try:
+        dealer.send(frame)
+        dealer.recv()
+        yield dealer
+    finally:
+        process.kill()
+        process.wait()
+        dealer.close(linger=0)
+        context.term()
+
+
+class Server:
+    """A metadata server of our own, restarted at will."""
+
+    def __init__(self, folder: Path) -> None:
+        self.runtime = folder / "run"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> float:
+        """Start it; seconds until its session socket accepts."""
+        begin = time.perf_counter()
+        options = ["--runtime-dir", str(self.runtime), "--log-level", "warning"]
+        self.process = subprocess.Popen([sys.executable, "-m", "metadata_server.server", *options], cwd=ROOT)
+        while not (self.runtime / "session.sock").exists():
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended with {self.process.returncode}")
+            time.sleep(0.001)
+        return time.perf_counter() - begin
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        (self.runtime / "session.sock").unlink(missing_ok=True)
+
+    def memory(self) -> int:
+        """Bytes of memory that are the server's own, its table included."""
+        assert self.process is not None
+        status = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in status)
+        return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) * KIB
+
+
+def _fill(client: Client, count: int) -> list[bytes]:
+    keys = [os.urandom(32) for _ in range(count)]
+    for begin in range(0, count, 4096):
+        part = keys[begin : begin + 4096]
+        reserved = client.reserve(part, layout=LAYOUT.fingerprint, size=LAYOUT.chunk_bytes)
+        if len(reserved.extents) != len(part):
+            raise RuntimeError(f"{len(reserved.extents)} of {len(part)} extents granted")
+        client.commit(reserved.extents, part, [LAYOUT.chunk_bytes] * len(part), namespace=bytes(8))
+    return keys
+
+
+def _latencies(
+    client: Client, dealer: zmq.Socket[bytes], frame: bytes, keys: list[bytes]
+) -> Iterator[Figure]:
+    fingerprint = LAYOUT.fingerprint
+
+    def timed_echo() -> float:
+        begin = time.perf_counter()
+        for _ in range(CALLS):
+            dealer.send(frame)
+            dealer.recv()
+        return (time.perf_counter() - begin) / CALLS
+
+    def timed_lookup(count: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(CALLS):
+            if client.lookup(keys[:count], fingerprint) != count:
+                raise RuntimeError("a lookup missed")
+        return (time.perf_counter() - begin) / CALLS
+
+    def timed_acquire() -> float:
+        begin = time.perf_counter()
+        for _ in range(CALLS):
+            client.release(client.acquire(keys[:128], layout=fingerprint))
+        return (time.perf_counter() - begin) / CALLS
+
+    contestants = [timed_echo, lambda: timed_lookup(1), timed_acquire, lambda: timed_lookup(512)]
+    bare, one, acquire, many = interleaved(contestants, ROUNDS)
+    yield Figure(f"bare ZeroMQ echo, {len(frame)} bytes", f"{statistics.median(bare) * 1e6:,.0f} µs")
+    yield Figure("1-key lookup", f"{statistics.median(one) * 1e6:,.0f} µs")
+    yield at_most("1-key lookup over the echo", ratio(one, bare), 1.5, "×")
+    yield Figure("acquire + release of 128 keys", f"{statistics.median(acquire) * 1e6:,.0f} µs")
+    yield at_most("acquire + release of 128 keys over the echo", ratio(acquire, bare), 3, "×")
+    yield at_least("512-key lookups", 512 / statistics.median(many), 1_000_000, "keys/s")
+
+
+def run() -> list[Figure]:
+    """Measure; takes some 20 s."""
+    figures: list[Figure] = []
+    with tempfile.TemporaryDirectory(prefix="vcb", dir="/dev/shm") as name:
+        server = Server(Path(name))
+        starts = []
+        for _ in range(5):
+            starts.append(server.start())
+            server.kill()
+        figures.append(at_most("start to ready", statistics.median(starts), 0.5, "s"))
+        server.start()
+        overrides = {"runtime_dir": str(server.runtime), "server.autostart": False}
+        config = load(**overrides, **{"client.request_timeout_ms": 10_000}).config
+        size = (CHUNKS + 4096) * 4 * KIB
+        client = Client(config, name="benchmark", new_segment=lambda: allocate("shm:0", size))
+        try:
+            client.wait_connected(30)
+            before = server.memory()
+            keys = _fill(client, CHUNKS)
+            grown = (server.memory() - before) / 1e6
+            figures.append(at_most(f"server memory for {CHUNKS:,} chunks", grown, 100, "MB"))
+            frame = protocol.encode_request(
+                protocol.Lookup(keys[0], LAYOUT.fingerprint),
+                rid=1 << 40,
+                session=1 << 62,
+                token=bytes(16),
+                epoch=1 << 62,
+            )
+            with echo(Path(name), frame) as dealer:
+                figures += _latencies(client, dealer, frame, keys)
+            figures.append(at_most(f"restart with {CHUNKS:,} chunks", _restart(server, client, keys), 1, "s"))
+        finally:
+            client.close()
+            server.kill()
+    return figures
+
+
+def _restart(server: Server, client: Client, keys: list[bytes]) -> float:
+    """Seconds from the start of a killed server's successor until it accepts sessions, its pool warm."""
+    taken = []
+    for _ in range(3):
+        server.kill()
+        taken.append(server.start())
+        if not client.wait_connected(30) or client.lookup(keys[:512], LAYOUT.fingerprint) != 512:
+            raise RuntimeError("the pool was cold after the restart")
+    return statistics.median(taken)
+
+
+if __name__ == "__main__":
+    from rich.console import Console
+
+    from benchmarks.report import machine, show
+
+    show("Metadata server", run(), Console())
+    print(machine())

@@ -1,0 +1,1 @@
+"""Tests in which processes are the subject: real servers, holders and engines, real signals."""

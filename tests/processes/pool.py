@@ -1,0 +1,147 @@
+"""A pool of real processes in a directory of its own: server, holders, workers; everything ends with the
+test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from tests.processes.worker import DEADLINE_S, Worker
+from vcache.client import Client
+from vcache.config import load
+from vcache.protocol import Statistics
+
+ROOT = Path(__file__).parents[2]
+
+
+class Pool:
+    """`with Pool() as pool:` a runtime directory, and processes that use it."""
+
+    def __init__(self, **server: Any) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="vct", dir="/dev/shm")
+        self.path = Path(self._folder.name) / "run"
+        self.server_config = server
+        self.server: subprocess.Popen[bytes] | None = None
+        self.holders: list[subprocess.Popen[bytes]] = []
+        self.workers: list[Worker] = []
+        self._observer: Client | None = None
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._observer is not None:
+            self._observer.close()
+        for worker in self.workers:
+            if worker.process.is_alive():
+                worker.signal(signal.SIGCONT)
+            worker.kill()
+        for process in (*self.holders, self.server):
+            if process is not None and process.poll() is None:
+                process.send_signal(signal.SIGCONT)
+                process.kill()
+                process.wait(DEADLINE_S)
+        self._folder.cleanup()
+
+    # -- processes
+
+    def start_server(self, *options: str) -> subprocess.Popen[bytes]:
+        """Start a metadata server and wait until it answers."""
+        command = [sys.executable, "-m", "metadata_server.server", "--runtime-dir", str(self.path), *options]
+        self.server = subprocess.Popen(command, cwd=ROOT, env=self.environment())
+        assert self.observer.wait_connected(DEADLINE_S), "the server did not come up"
+        return self.server
+
+    def kill_server(self) -> None:
+        """SIGKILL the server and wait until it is gone."""
+        assert self.server is not None
+        self.server.kill()
+        self.server.wait(DEADLINE_S)
+
+    def environment(self) -> dict[str, str]:
+        """Of child processes: the tests' own, and the server's configuration."""
+        given = {f"VCACHE_SERVER_{name.upper()}": str(value) for name, value in self.server_config.items()}
+        return {**os.environ, **given, "PYTHONPATH": str(ROOT)}
+
+    def start_holder(self, device: str = "shm:0", size: str = "2MiB") -> tuple[subprocess.Popen[bytes], int]:
+        """Start a holder and wait until its segment is lent: (process, segment number)."""
+        command = [
+            sys.executable,
+            "-m",
+            "vcache.cli",
+            "segment",
+            "--device",
+            device,
+            "--size",
+            size,
+            "--json",
+        ]
+        environment = {**self.environment(), "VCACHE_SERVER_AUTOSTART": "false"}
+        process = subprocess.Popen(
+            [*command, "--runtime-dir", str(self.path)], cwd=ROOT, env=environment, stdout=subprocess.PIPE
+        )
+        self.holders.append(process)
+        assert process.stdout is not None
+        return process, int(json.loads(_line(process.stdout))["segment"])
+
+    def start_worker(self) -> Worker:
+        """A process that does nothing yet."""
+        worker = Worker()
+        self.workers.append(worker)
+        return worker
+
+    def engine(self, *, device: str = "shm:0", size: int | str = 0, **config: Any) -> Worker:
+        """A worker with an engine; size 0: it lends no segment."""
+        worker = self.start_worker()
+        worker.call(
+            "open_engine", **{**self.client_config(), **config}, device=device, **{"segment.size": size}
+        )
+        return worker
+
+    def client_config(self) -> dict[str, Any]:
+        """Configuration of clients in tests: no autostart, quick reconciliation, patience on a busy machine."""
+        return {
+            "runtime_dir": str(self.path),
+            "server.autostart": False,
+            "client.declare_interval_s": 0.1,
+            "client.request_timeout_ms": 5_000,
+        }
+
+    # -- observation
+
+    @property
+    def observer(self) -> Client:
+        """A client of the test itself; it holds nothing."""
+        if self._observer is None:
+            self._observer = Client(load(**self.client_config()).config, name="observer")
+        return self._observer
+
+    def statistics(self) -> Statistics:
+        """What the server says of itself."""
+        assert self.observer.wait_connected(DEADLINE_S)
+        return self.observer.stats()
+
+    def counters(self) -> dict[str, float]:
+        """The server's counters and gauges."""
+        return self.statistics().counters
+
+    def check(self) -> None:
+        """The server proves that extents do not overlap and nothing leaks. Raises ServerError."""
+        assert self.observer.wait_connected(DEADLINE_S)
+        self.observer.check()
+
+
+def _line(stream: IO[bytes]) -> bytes:
+    line = stream.readline()
+    assert line, "the process ended before it said anything"
+    return line

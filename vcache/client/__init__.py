@@ -1,0 +1,8 @@
+"""The client: a process' session with the metadata server, its requests, and the segments that it maps."""
+
+from __future__ import annotations
+
+from vcache.client.client import Client
+from vcache.client.grants import Grant, Reservation
+
+__all__ = ["Client", "Grant", "Reservation"]

@@ -1,0 +1,136 @@
+"""The segment that this process lends to the pool: made when there is a session, lent, renewed after a cold
+start.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from vcache.client.segments import Segments
+from vcache.client.wire import Wire
+from vcache.errors import ArgumentError, SegmentError
+from vcache.limits import CLOSE_WAIT_S
+from vcache.protocol import Attach, Attached, Detach, Detached, Refused
+from vcache.segment import DATA_OFFSET, Segment
+
+_log = logging.getLogger(__name__)
+
+_FIRST_SEQ = 1 << 32
+"""Sequence numbers below are segments' numbers: those of Open."""
+
+_RETRY_S = 5.0
+
+
+class Lent:
+    """Our own segment. Used by the session's thread; `number` may be read by any.
+
+    new: makes the segment; None: this process lends nothing. rank: of the segment. settled: whether it is
+    decided what there is to lend.
+    """
+
+    def __init__(self, new: Callable[[], Segment] | None, segments: Segments, rank: int = 0) -> None:
+        self._new = new
+        self._rank = rank
+        self._segments = segments
+        self._segment: Segment | None = None
+        self._seq = _FIRST_SEQ
+        self._asked = 0
+        self._retry_at_s = 0.0
+        self.number = 0
+        self.settled = new is None
+        self.detached = True
+
+    def renew(self) -> None:
+        """The session was not resumed: writers of the old memory may be asleep, so the next loan needs other
+        memory.
+        """
+        if self._segment is not None:
+            self._segment.close()
+            self._segment = None
+        self.number = 0
+        self.settled = self._new is None
+
+    def attach(self, wire: Wire) -> None:
+        """Lend the segment over this connection, made first if there is none. A failure is logged and tried
+        again later.
+        """
+        if self._new is None:
+            return
+        if self._segment is None and not self._make(self._new):
+            return
+        assert self._segment is not None
+        own = self._segment
+        descriptor, fd = own.descriptor()
+        self._seq += 1
+        self._asked = self._seq
+        wire.post(
+            Attach(
+                self._seq,
+                descriptor,
+                own.segment_id,
+                own.incarnation,
+                own.device,
+                own.size,
+                DATA_OFFSET,
+                self._rank,
+            ),
+            () if fd is None else (fd,),
+        )
+        self.detached = False
+
+    def _make(self, new: Callable[[], Segment]) -> bool:
+        try:
+            self._segment = new()
+        except (SegmentError, ArgumentError) as error:
+            if not self.settled:
+                _log.error("this process lends no segment: %s", error)
+            self.settled = True
+            self._retry_at_s = time.monotonic() + _RETRY_S
+            return False
+        return True
+
+    def turn(self, wire: Wire, now_s: float) -> None:
+        """Try again to make a segment if that failed a while ago: its old memory may be free by now."""
+        if self._new is not None and self._segment is None and now_s >= self._retry_at_s:
+            self.attach(wire)
+
+    def attached(self, message: Attached) -> None:
+        """The server lent our segment to the pool under a number."""
+        if message.seq == self._asked and self._segment is not None:
+            self.number = message.segment
+            self.settled = True
+            self._segments.lend(message.segment, self._segment)
+
+    def refused(self, message: Refused) -> bool:
+        """The server refused one of our messages; whether it was one of these here."""
+        if message.seq != self._asked:
+            return False
+        _log.error("the metadata server does not take our segment: %s (%s)", message.message, message.code)
+        self.settled = self.detached = True
+        return True
+
+    def detach(self, wire: Wire) -> None:
+        """Take the segment back; `detached` says when no importer maps it any more."""
+        self._new = None
+        if self.number and not self.detached:
+            self._segments.withdraw(self.number)
+            self._seq += 1
+            self._asked = self._seq
+            wire.post(Detach(self._seq, self.number))
+
+    def on_detached(self, message: Detached) -> None:
+        """No importer maps it any more."""
+        if message.segment == self.number:
+            self.detached = True
+
+    def close(self) -> None:
+        """Free the memory, if no importer can have it mapped; GPU memory that one may have is left to our
+        exit.
+        """
+        if self._segment is None:
+            return
+        if self.detached or not self._segment.device.startswith("cuda"):
+            self._segment.close(wait_s=CLOSE_WAIT_S)
+        self.number = 0

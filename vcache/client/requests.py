@@ -1,0 +1,109 @@
+"""One request, from the breaker to the books: what all of `Client`'s calls share."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Final, NoReturn, TypeVar
+
+from vcache.client.breaker import Breaker
+from vcache.client.channel import Connection
+from vcache.client.ledger import Ledger
+from vcache.errors import ArgumentError, RemoteProtocolError, ServerError, Unavailable
+from vcache.limits import FINGERPRINT_BYTES, KEYS_PER_REQUEST_MAX
+from vcache.protocol import Error, ErrorCode, Reply, Request, join_keys
+
+_log = logging.getLogger(__name__)
+
+R = TypeVar("R", bound=Reply)
+
+CONNECTION_LOST: Final = "the connection to the metadata server was lost"
+
+NEW_SESSION: Final = (
+    ErrorCode.EPOCH,
+    ErrorCode.TOKEN,
+    ErrorCode.VERSION,
+    ErrorCode.DRAINING,
+    ErrorCode.GONE,
+)
+"""Refusals that say: not me, not now, not this session. The session's thread sees to it; the request is a
+miss.
+"""
+
+
+class Requests:
+    """Makes requests over the connection of now, and trips the breaker when there is no answer."""
+
+    def __init__(self, breaker: Breaker, ledger: Ledger, counters: Counter[str]) -> None:
+        self.breaker = breaker
+        self.ledger = ledger
+        self.counters = counters
+
+    def connection(self) -> Connection:
+        """The connection of now. Raises at once if there is none: Unavailable, EngineClosed, ForkedProcess."""
+        connection = self.breaker.connection
+        if connection is None:
+            self.breaker.refuse()
+        return connection
+
+    def ask(self, request: Request, kind: type[R], connection: Connection | None = None) -> R:
+        """Make a request that grants nothing; its answer is of the type `kind`. Raises Unavailable,
+        ServerError.
+        """
+        connection = connection or self.connection()
+        rid = self.ledger.begin(connection.line)
+        try:
+            return self.exchange(connection, request, rid, kind)
+        except RemoteProtocolError as error:
+            self.malformed(error)
+        finally:
+            self.ledger.finish(rid)
+
+    def exchange(self, connection: Connection, request: Request, rid: int, kind: type[R]) -> R:
+        """Send a request that has begun and return its answer. Raises Unavailable, ServerError,
+        RemoteProtocolError.
+        """
+        try:
+            reply = connection.ask(request, rid)
+        except Unavailable as error:
+            self.counters["requests_unanswered"] += 1
+            self.breaker.trip(connection, str(error))
+            raise
+        if type(reply) is kind:
+            return reply
+        if not isinstance(reply, Error):
+            raise RemoteProtocolError(f"got {type(reply).__name__} in answer to {type(request).__name__}")
+        self.counters["requests_refused"] += 1
+        if reply.code in NEW_SESSION:
+            self.breaker.trip(
+                connection, f"the metadata server refused a request: {reply.message} ({reply.code})"
+            )
+            raise Unavailable(reply.message)
+        raise ServerError(reply.code, reply.message)
+
+    def malformed(self, error: RemoteProtocolError) -> NoReturn:
+        """Count and log an answer that cannot be so; for the caller it is no answer."""
+        self.counters["protocol_errors"] += 1
+        if self.counters["protocol_errors"] == 1:
+            _log.error(
+                "the metadata server sent something malformed (further ones are only counted): %s", error
+            )
+        raise Unavailable(f"the metadata server sent something malformed: {error}") from error
+
+
+def packed_keys(keys: Sequence[bytes]) -> bytes:
+    """Keys as they travel. Raises ArgumentError for a wrong type, length or number."""
+    if len(keys) > KEYS_PER_REQUEST_MAX:
+        raise ArgumentError("keys", f"{len(keys)} keys", f"at most {KEYS_PER_REQUEST_MAX}")
+    try:
+        return join_keys(list(keys))
+    except TypeError as error:
+        raise ArgumentError("keys", error, "a sequence of bytes") from error
+
+
+def checked_layout(layout: bytes) -> bytes:
+    """A layout fingerprint. Raises ArgumentError for a wrong length."""
+    if len(layout) != FINGERPRINT_BYTES:
+        raise ArgumentError("layout", f"{len(layout)} bytes", f"{FINGERPRINT_BYTES} bytes")
+    return layout

@@ -1,0 +1,335 @@
+"""`VCacheEngine`: what an inference engine calls to store KV in the pool, look it up and load it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from vcache.client import Client
+from vcache.config import Config, load
+from vcache.engine.arguments import Transfer, checked_key, checked_keys
+from vcache.engine.handles import Gate, Operations, RetrieveHandle, StoreHandle, finished
+from vcache.engine.lending import Lending
+from vcache.engine.lookup import Location, Lookup
+from vcache.engine.lower import LowerTiers
+from vcache.engine.pool import Pool
+from vcache.engine.retrieve import Retrieve
+from vcache.engine.stats import Cause, Counters
+from vcache.engine.store import Store
+from vcache.engine.tier_queue import TierQueue
+from vcache.engine.transfers import Transfers
+from vcache.errors import ArgumentError
+from vcache.keys import KeyChain, Tokens
+from vcache.layout import KVLayout
+from vcache.runtime import RuntimeDir
+from vcache.tiers import Tier
+
+KVCaches: TypeAlias = Sequence[Tensor] | Mapping[str, Tensor] | Tensor
+
+
+class VCacheEngine:
+    """Stores chunks of KV in the pool and loads them from it, for one model, layout and rank. Thread-safe.
+
+    A chunk that is not there, a pool that is full, a server that is down: all of these are misses (or
+    chunks that were not stored), counted in `get_stats` and logged. What raises: ArgumentError for wrong
+    arguments, EngineClosed, ForkedProcess, and what the device raises. `kvcaches` are the paged tensors,
+    one per layer (a list, or a mapping in the order of the layers) or one for all. `slot_mapping` has one
+    int per token, -1 where there is no slot.
+    """
+
+    def __init__(
+        self,
+        *,
+        layout: KVLayout,
+        model: str,
+        kv_axes: str = "kpshd",
+        rank: int = 0,
+        cache_salt: str = "",
+        lora: str = "",
+        config: Config | None = None,
+        tiers: Sequence[Tier] = (),
+        name: str = "engine",
+        **overrides: Any,
+    ) -> None:
+        """Connect to the pool; a server that is not there is waited for in the background, not here.
+
+        layout: what a chunk is. model, rank, cache_salt, lora: whose chunks these are; they are part of
+        every key. kv_axes: how the paged tensors' dimensions are spelled, see `vcache.kernels.axes`. tiers:
+        lower tiers, the fastest first; they stay the caller's to close. config: by default
+        `vcache.config.load(**overrides)`, where overrides are nested: `runtime_dir="…"`, `segment={"size":
+        0}`. Raises ArgumentError, ConfigError, and SegmentError if the segment that was asked for does not
+        fit.
+        """
+        _check_identity(layout, model, tiers)
+        chain = KeyChain(layout.fingerprint, model, rank, cache_salt, lora)
+        config = _loaded(config, overrides)
+        self._transfers = Transfers(layout, chain, kv_axes, partial=config.engine.store_partial_chunks)
+        self._layout = layout
+        self._gate = Gate(name)
+        self._counters = Counters()
+        self._lending = Lending(config)
+        try:
+            self._client = Client(config, name=name, new_segment=self._lending.source)
+        except BaseException:
+            self._lending.close()
+            raise
+        pool = Pool(self._client, self._counters, layout, model, config.device)
+        self._lower = LowerTiers(tiers, layout.fingerprint, self._counters)
+        self._queue = (
+            TierQueue(pool, self._lower, config.engine.tier_queue_chunks, self._counters) if tiers else None
+        )
+        self._lookup = Lookup(pool, self._lower)
+        self._store = Store(pool, self._queue, self._counters)
+        self._retrieve = Retrieve(pool, self._lower, self._counters)
+        self._operations = Operations()
+        if config.server.autostart or _session_path(config).exists():
+            self._client.wait_connected(config.client.connect_timeout_ms / 1e3)
+
+    # -- the tokens form
+
+    def lookup(self, tokens: Tokens) -> int:
+        """How many tokens the longest prefix of `tokens` has that is in the pool or a lower tier."""
+        with self._gate.call(), self._counters.seconds("lookup_seconds"):
+            self._transfers.require_form("tokens", "lookup_pages")
+            keys, count = self._transfers.keys(tokens)
+            hit = min(self._lookup.prefix(keys) * self._layout.chunk_tokens, count)
+            self._counters.add(lookup_calls=1, lookup_tokens=count, lookup_hit_tokens=hit)
+            return hit
+
+    def store(
+        self,
+        tokens: Tokens,
+        mask: Any = None,
+        *,
+        kvcaches: KVCaches,
+        slot_mapping: Any,
+        offset: int | None = None,
+    ) -> None:
+        """Copy the chunks of `tokens` that the pool lacks into it; when it returns they are committed.
+
+        mask: one bool per token, False for a prefix that is stored already (whole chunks). offset: the same
+        as a number of tokens. A chunk with a token without a slot is left out, and so is a last one that is
+        not full, unless `engine.store_partial_chunks`.
+        """
+        with self._gate.call():
+            self._store.run(self._to_store(tokens, mask, kvcaches, slot_mapping, offset))
+
+    def store_async(
+        self,
+        tokens: Tokens,
+        mask: Any = None,
+        *,
+        kvcaches: KVCaches,
+        slot_mapping: Any,
+        offset: int | None = None,
+    ) -> StoreHandle:
+        """As `store`, in the background: leave the pages alone until the handle is done.
+
+        With ASYNC_OPERATIONS_MAX under way nothing is stored and the handle is done.
+        """
+        with self._gate.call():
+            transfer = self._to_store(tokens, mask, kvcaches, slot_mapping, offset)
+            handle = self._operations.submit(lambda: self._store.run(transfer))
+            return self._dropped(len(transfer)) if handle is None else handle
+
+    def retrieve(self, tokens: Tokens, mask: Any = None, *, kvcaches: KVCaches, slot_mapping: Any) -> Tensor:
+        """Load what there is of `tokens`; of each token (CPU, bool) whether it was loaded by this call.
+
+        mask: as for `store`; loading begins at the first True. What was not loaded is to be computed, and
+        its pages hold anything. Tokens without a slot are not loaded.
+        """
+        with self._gate.call():
+            return self._retriever(tokens, mask, kvcaches, slot_mapping)()
+
+    def retrieve_async(
+        self, tokens: Tokens, mask: Any = None, *, kvcaches: KVCaches, slot_mapping: Any
+    ) -> RetrieveHandle:
+        """As `retrieve`, in the background: leave the pages alone until the handle is done.
+
+        With ASYNC_OPERATIONS_MAX under way it is carried out here and now.
+        """
+        with self._gate.call():
+            retriever = self._retriever(tokens, mask, kvcaches, slot_mapping)
+            handle = self._operations.submit(retriever)
+            return finished(retriever()) if handle is None else handle
+
+    # -- the pages form, for connectors that have keys of their own
+
+    def lookup_pages(self, keys: Sequence[bytes]) -> int:
+        """How many leading chunks of `keys` are in the pool or a lower tier."""
+        with self._gate.call(), self._counters.seconds("lookup_seconds"):
+            self._transfers.require_form("pages", "lookup")
+            checked = checked_keys(keys)
+            hit = self._lookup.prefix(checked)
+            tokens = self._layout.chunk_tokens
+            self._counters.add(
+                lookup_calls=1, lookup_tokens=len(checked) * tokens, lookup_hit_tokens=hit * tokens
+            )
+            return hit
+
+    def store_pages(self, keys: Sequence[bytes], *, kvcaches: KVCaches, pages: Any) -> int:
+        """Copy pages, verbatim, into the chunks of `keys` that the pool lacks; how many of all it has then.
+
+        pages: `layout.pages_per_chunk` page ids per key, one key after the other; a chunk with a -1 is left
+        out.
+        """
+        with self._gate.call():
+            return self._store.run(self._pages(keys, kvcaches, pages).with_all_ids())
+
+    def store_pages_async(self, keys: Sequence[bytes], *, kvcaches: KVCaches, pages: Any) -> StoreHandle:
+        """As `store_pages`, in the background, by the rules of `store_async`."""
+        with self._gate.call():
+            transfer = self._pages(keys, kvcaches, pages).with_all_ids()
+            handle = self._operations.submit(lambda: self._store.run(transfer))
+            return self._dropped(len(transfer)) if handle is None else handle
+
+    def retrieve_pages(self, keys: Sequence[bytes], *, kvcaches: KVCaches, pages: Any) -> int:
+        """Load the leading chunks of `keys` that there are; how many. Pages given as -1 are not written.
+
+        The pages of the other chunks hold anything.
+        """
+        with self._gate.call():
+            return self._retrieve.run(self._pages(keys, kvcaches, pages))
+
+    def retrieve_pages_async(self, keys: Sequence[bytes], *, kvcaches: KVCaches, pages: Any) -> StoreHandle:
+        """As `retrieve_pages`, in the background, by the rules of `retrieve_async`."""
+        with self._gate.call():
+            transfer = self._pages(keys, kvcaches, pages)
+            handle = self._operations.submit(lambda: self._retrieve.run(transfer))
+            return finished(self._retrieve.run(transfer)) if handle is None else handle
+
+    # -- both
+
+    def contains(self, cache_key: bytes) -> Location:
+        """Where the chunk of `cache_key` is."""
+        with self._gate.call():
+            return self._lookup.where(checked_key(cache_key, "cache_key"))
+
+    @property
+    def layout(self) -> KVLayout:
+        """What a chunk is."""
+        return self._layout
+
+    @property
+    def connected(self) -> bool:
+        """Whether the metadata server answers."""
+        with self._gate.call():
+            return self._client.connected
+
+    def wait_connected(self, timeout_s: float) -> bool:
+        """Wait until the metadata server answers and has our segment; whether it does."""
+        with self._gate.call():
+            return self._client.wait_connected(timeout_s)
+
+    def flush_tiers(self, timeout_s: float) -> bool:
+        """Wait until all that was stored is written to the lower tiers, too; whether it is."""
+        with self._gate.call():
+            return self._queue is None or self._queue.flush(timeout_s)
+
+    def get_stats(self) -> dict[str, int | float | str]:
+        """What happened so far: calls, chunks, tokens, bytes, seconds, failures by cause, client counters.
+
+        `hits` and `misses` are chunks that retrieves asked for; `connected` is 1 while the server answers.
+        """
+        with self._gate.call():
+            return {
+                **self._counters.snapshot(),
+                **{f"client_{name}": count for name, count in self._client.counters.items()},
+                "connected": int(self._client.connected),
+                "own_segment": self._client.own_segment,
+                "tier_waiting_chunks": self._queue.chunks if self._queue is not None else 0,
+                "layout": self._layout.fingerprint.hex(),
+            }
+
+    def close(self) -> None:
+        """Wait for running copies, then leave the pool and free the own segment. May be called again.
+
+        In a child that fork() made it does nothing: all of it is the parent's.
+        """
+        if self._gate.forked or not self._gate.close():
+            return
+        self._operations.close()
+        if self._queue is not None:
+            self._queue.close()
+        self._client.close()
+        self._lending.close()
+        self._transfers.forget()
+
+    def __enter__(self) -> VCacheEngine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- inside
+
+    def _to_store(self, tokens: Any, mask: Any, kvcaches: Any, slot_mapping: Any, offset: Any) -> Transfer:
+        self._transfers.require_form("tokens", "store_pages")
+        transfer, _, _ = self._transfers.of_tokens(
+            tokens, mask=mask, offset=offset, kvcaches=kvcaches, slot_mapping=slot_mapping
+        )
+        return transfer.with_all_ids()
+
+    def _retriever(self, tokens: Any, mask: Any, kvcaches: Any, slot_mapping: Any) -> Callable[[], Tensor]:
+        self._transfers.require_form("tokens", "retrieve_pages")
+        transfer, has_slot, masked = self._transfers.of_tokens(
+            tokens, mask=mask, offset=None, kvcaches=kvcaches, slot_mapping=slot_mapping
+        )
+
+        def retrieve() -> Tensor:
+            chunks = self._retrieve.run(transfer)
+            end = masked + sum(map(transfer.tokens_in, transfer.sizes[:chunks]))
+            loaded = torch.zeros(len(has_slot), dtype=torch.bool)
+            loaded[masked:end] = torch.from_numpy(has_slot[masked:end])
+            return loaded
+
+        return retrieve
+
+    def _pages(self, keys: Any, kvcaches: Any, pages: Any) -> Transfer:
+        self._transfers.require_form("pages", "store, retrieve and lookup")
+        return self._transfers.of_pages(keys, kvcaches=kvcaches, pages=pages)
+
+    def _dropped(self, chunks: int) -> StoreHandle:
+        self._counters.add(unstored_chunks=chunks)
+        self._counters.failed(
+            Cause.ASYNC_LIMIT, "too many operations are under way to store more", chunks=chunks
+        )
+        return finished(0)
+
+
+def _check_identity(layout: Any, model: Any, tiers: Any) -> None:
+    if not isinstance(layout, KVLayout):
+        raise ArgumentError("layout", type(layout).__name__, "a KVLayout")
+    if not isinstance(model, str) or not model:
+        raise ArgumentError("model", repr(model), "the identity of the model: text that is not empty")
+    if not isinstance(tiers, Sequence):
+        raise ArgumentError("tiers", type(tiers).__name__, "a sequence of Tiers, the fastest first")
+    for at, tier in enumerate(tiers):
+        if not isinstance(tier, Tier):
+            raise ArgumentError(f"tiers[{at}]", type(tier).__name__, "a Tier (vcache.tiers.Tier)")
+
+
+def _loaded(config: Config | None, overrides: dict[str, Any]) -> Config:
+    if config is None:
+        return load(**overrides).config
+    if overrides:
+        raise ArgumentError(
+            "config", f"one, and {', '.join(sorted(overrides))} as well", "the one or the others"
+        )
+    if not isinstance(config, Config):
+        raise ArgumentError("config", type(config).__name__, "a vcache.config.Config, as `load` makes it")
+    return config
+
+
+def _session_path(config: Config) -> Path:
+    return RuntimeDir.resolve(config.runtime_dir, group=config.server.group).session_path

@@ -1,0 +1,117 @@
+"""Operations under way: handles, the threads that carry them out, and the gate that `close` shuts."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Generic, TypeAlias, TypeVar
+
+import torch
+
+from vcache.errors import EngineClosed, ForkedProcess
+from vcache.limits import ASYNC_OPERATIONS_MAX, ASYNC_THREADS
+
+Result = TypeVar("Result")
+
+
+class Handle(Generic[Result]):
+    """One operation under way. Its pages are borrowed until it is done: leave them alone before."""
+
+    def __init__(self, future: Future[Result]) -> None:
+        self._future = future
+
+    def done(self) -> bool:
+        """Whether the copy has really finished (or failed); never blocks."""
+        return self._future.done()
+
+    def result(self, timeout_s: float | None = None) -> Result:
+        """Wait until it is done, return what the blocking call returns; TimeoutError after `timeout_s`.
+
+        A timeout ends the waiting and nothing else: the copy goes on. Raises what the operation raised, if
+        it did.
+        """
+        try:
+            return self._future.result(timeout_s)
+        except concurrent.futures.TimeoutError:
+            if self._future.done():
+                raise  # the operation's own
+            raise TimeoutError(f"not done after {timeout_s} s") from None
+
+
+StoreHandle: TypeAlias = Handle[int]
+"""A store under way; its result is how many of its chunks the pool has now."""
+
+RetrieveHandle: TypeAlias = Handle[torch.Tensor]
+"""A retrieve under way; its result is the mask that `VCacheEngine.retrieve` returns."""
+
+
+class Operations:
+    """At most ASYNC_OPERATIONS_MAX operations, carried out by a few threads (copies release the GIL)."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(ASYNC_THREADS, thread_name_prefix="vcache-copy")
+        self._free = threading.Semaphore(ASYNC_OPERATIONS_MAX)
+
+    def submit(self, operation: Callable[[], Result]) -> Handle[Result] | None:
+        """Have `operation` carried out by another thread; None, and nothing done, if too many are."""
+        if not self._free.acquire(blocking=False):
+            return None
+        future = self._threads.submit(operation)
+        future.add_done_callback(lambda _: self._free.release())
+        return Handle(future)
+
+    def close(self) -> None:
+        """Wait for all that are under way, and take no more."""
+        self._threads.shutdown(wait=True)
+
+
+def finished(result: Result) -> Handle[Result]:
+    """A handle of what is done already."""
+    future: Future[Result] = Future()
+    future.set_result(result)
+    return Handle(future)
+
+
+class Gate:
+    """Every call of an engine goes through it: refuses them after `close` or a fork, and counts them."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._pid = os.getpid()
+        self._inside = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a child that fork() made of the engine's."""
+        return os.getpid() != self._pid
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Be inside for the block. Raises EngineClosed, ForkedProcess."""
+        if self.forked:  # before the lock, which another thread of the parent may have held
+            raise ForkedProcess(
+                f"engine {self._name!r} was made in process {self._pid}, before fork(): make one in the child"
+            )
+        with self._changed:
+            if self._closed:
+                raise EngineClosed(f"engine {self._name!r} is closed")
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    def close(self) -> bool:
+        """Let nobody in any more and wait until nobody is inside; whether it was open until now."""
+        with self._changed:
+            was_open, self._closed = not self._closed, True
+            self._changed.wait_for(lambda: not self._inside)
+            return was_open

@@ -1,0 +1,180 @@
+"""The pool as the engine sees it: whatever goes wrong there is a miss, counted and logged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+from torch import Tensor
+
+from vcache.client import Client, Grant, Reservation
+from vcache.engine.stats import Cause, Counters
+from vcache.errors import RemoteProtocolError, SegmentError, ServerError, Unavailable
+from vcache.keys import namespace
+from vcache.layout import KVLayout
+from vcache.limits import HOLDER_SEARCH_INTERVAL_S, LABEL_BYTES_MAX
+from vcache.protocol import Extents, SegmentRow
+from vcache.segment import SegmentMemory
+
+Answer = TypeVar("Answer")
+
+
+class Pool:
+    """One layout's and model's chunks in the pool. Thread-safe; raises only EngineClosed, ForkedProcess."""
+
+    def __init__(self, client: Client, counters: Counters, layout: KVLayout, model: str, device: str) -> None:
+        self._client = client
+        self._counters = counters
+        self._layout = layout
+        self._fingerprint = layout.fingerprint
+        self._model = model
+        self._namespace = namespace(model)
+        self._device = device
+        self._holder = 0
+        self._holder_known_until_s = 0.0
+        self._described_lineage: int | None = None
+
+    # -- reading
+
+    def lookup(self, keys: Sequence[bytes]) -> int:
+        """How many leading keys are there."""
+        return self._ask(lambda: self._client.lookup(keys, self._fingerprint), 0)
+
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        """Of each key, whether it is there."""
+        return self._ask(lambda: self._client.contains(keys), [False] * len(keys))
+
+    def acquire(self, keys: Sequence[bytes], *, pin: bool = False, prefix: bool = True) -> Grant | None:
+        """The right to read the leading keys that are there, or all that are; None if not to be had."""
+        near = self._near()
+        ask = self._client.acquire
+        return self._ask(lambda: ask(keys, layout=self._fingerprint, pin=pin, prefix=prefix, near=near), None)
+
+    def intact(self, grant: Grant, begin: int, end: int) -> bool:
+        """The fence: whether what was read of these chunks of a grant is what was committed.
+
+        Ask when the copy has really finished, with what was read and no more: other chunks may be out of
+        reach.
+        """
+        if self._client.intact(replace(grant, extents=grant.extents[begin:end])):
+            return True
+        self._counters.failed(
+            Cause.FENCE_BROKEN, "chunks were evicted while they were read", chunks=end - begin
+        )
+        return False
+
+    def release(self, grant: Grant, part: Extents | None = None) -> None:
+        """Nothing reads what was granted (or that part of it) any more."""
+        self._client.release(grant, part)
+
+    # -- writing
+
+    def reserve(self, keys: Sequence[bytes]) -> Reservation | None:
+        """The right to write those of `keys` that are not there, as far as they fit; None if refused."""
+        near = self._near()
+        size = self._layout.chunk_bytes
+        ask = self._client.reserve
+        reservation = self._ask(lambda: ask(keys, layout=self._fingerprint, size=size, near=near), None)
+        if reservation is not None and len(reservation.extents) < reservation.wanted:
+            got = len(reservation.extents)
+            self._counters.failed(
+                Cause.FULL_POOL, "no room for all chunks", wanted=reservation.wanted, got=got
+            )
+        return reservation
+
+    def commit(self, extents: Extents, keys: Sequence[bytes], sizes: Sequence[int], lineage: int) -> bytes:
+        """Make written extents visible; an `Outcome` for each, none if that failed. They are ours no more."""
+        commit = self._client.commit
+        outcomes = self._ask(lambda: commit(extents, keys, sizes, namespace=self._namespace), b"")
+        if outcomes and self._described_lineage != lineage:
+            self._described_lineage = lineage
+            for digest, label in (
+                (self._fingerprint, self._layout.describe()),
+                (self._namespace, self._model),
+            ):
+                self._ask(partial(self._client.describe, digest, _cut(label)), None)
+        return outcomes
+
+    def abort(self, extents: Extents) -> None:
+        """Give reserved extents back; nothing here touches them any more."""
+        if len(extents):
+            self._client.abort(extents)
+
+    # -- memory
+
+    @contextmanager
+    def borrowed(self, extents: Extents, sizes: Sequence[int], lineage: int) -> Iterator[list[Tensor | None]]:
+        """The first `sizes[i]` bytes of each extent, uint8, while the block runs; None where out of reach.
+
+        Take no view out of the block: its memory may be unmapped then.
+        """
+        views: list[Tensor | None] = []
+        with ExitStack() as borrows:
+            segments = {
+                int(number): self._segment(int(number), lineage, borrows)
+                for number in set(extents["segment"])
+            }
+            places = zip(extents["segment"].tolist(), extents["offset"].tolist(), sizes, strict=True)
+            for number, offset, size in places:
+                views.append(self._view(segments[number], offset, size))
+            try:
+                yield views
+            finally:
+                views.clear()
+
+    def _segment(self, number: int, lineage: int, borrows: ExitStack) -> SegmentMemory | None:
+        segment = self._ask(lambda: self._client.segment(number, lineage), None)
+        borrow = None if segment is None else segment.borrow()
+        if segment is None or borrow is None:
+            self._counters.failed(Cause.DEAD_HOLDER, "a segment is out of reach", segment=number)
+            return None
+        borrows.enter_context(borrow)
+        return segment
+
+    def _view(self, segment: SegmentMemory | None, offset: int, size: int) -> Tensor | None:
+        if segment is None:
+            return None
+        try:
+            return segment.view(offset, size)
+        except RemoteProtocolError as error:
+            self._counters.failed(Cause.MALFORMED, error)
+        except SegmentError as error:
+            self._counters.failed(Cause.DEAD_HOLDER, error)
+        return None
+
+    # -- asking
+
+    def _ask(self, request: Callable[[], Answer], otherwise: Answer) -> Answer:
+        try:
+            return request()
+        except Unavailable as error:
+            self._counters.failed(Cause.NO_SERVER, error)
+        except ServerError as error:
+            self._counters.failed(Cause.REFUSED, error)
+        except RemoteProtocolError as error:
+            self._counters.failed(Cause.MALFORMED, error)
+        return otherwise
+
+    def _near(self) -> int:
+        """The segment to prefer: our own, or one that a holder lends on our device; 0 if there is none."""
+        own = self._client.own_segment
+        now = time.monotonic()
+        if own or now < self._holder_known_until_s:
+            return own or self._holder
+        self._holder_known_until_s = now + HOLDER_SEARCH_INTERVAL_S
+        stats = self._ask(self._client.stats, None)
+        self._holder = 0 if stats is None else _roomiest(stats.segments, self._device)
+        return self._holder
+
+
+def _cut(label: str) -> str:
+    return label.encode()[:LABEL_BYTES_MAX].decode(errors="ignore")
+
+
+def _roomiest(rows: Sequence[SegmentRow], device: str) -> int:
+    ours = [row for row in rows if row.device == device and row.held]
+    return max(ours, key=lambda row: row.free_bytes).segment if ours else 0

@@ -1,0 +1,176 @@
+"""Pool and lower tiers → paged KV: acquire, scatter in place, and count a hit only if the fence held."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vcache.client import Grant, Reservation
+from vcache.engine.arguments import Transfer
+from vcache.engine.copies import scatter
+from vcache.engine.lower import LowerTiers
+from vcache.engine.pool import Pool
+from vcache.engine.stats import Cause, Counters
+from vcache.limits import KEYS_PER_REQUEST_MAX, RETRIEVE_TRIES, TIER_LOAD_CHUNKS_MAX
+from vcache.protocol import Outcome
+
+
+class Retrieve:
+    """Loads transfers. Thread-safe."""
+
+    def __init__(self, pool: Pool, lower: LowerTiers, counters: Counters) -> None:
+        self._pool = pool
+        self._lower = lower
+        self._counters = counters
+
+    def run(self, transfer: Transfer) -> int:
+        """Load as many leading chunks as can be had; how many. The other chunks' pages hold anything.
+
+        When it returns, or raises, nothing touches the pages any more.
+        """
+        self._counters.add(retrieve_calls=1)
+        with self._counters.seconds("retrieve_seconds"):
+            loaded = self._load(transfer)
+        sizes = transfer.sizes[:loaded]
+        self._counters.add(
+            hits=loaded,
+            misses=len(transfer) - loaded,
+            retrieved_chunks=loaded,
+            retrieved_bytes=sum(sizes),
+            retrieved_tokens=sum(map(transfer.tokens_in, sizes)),
+        )
+        return loaded
+
+    def _load(self, transfer: Transfer) -> int:
+        """Take turns between pool and tiers: what the pool evicted in the middle of a prefix may be below."""
+        at = 0
+        while at < len(transfer):
+            part = transfer.part(at, at + KEYS_PER_REQUEST_MAX)
+            found = self._load_from_pool(part)
+            at += found
+            if found < len(part):
+                from_tiers = _FromTiers(self._pool, self._lower, self._counters).run(part.part(found))
+                at += from_tiers
+                if not from_tiers:
+                    break
+        return at
+
+    def _load_from_pool(self, transfer: Transfer) -> int:
+        for _ in range(RETRIEVE_TRIES):
+            grant = self._pool.acquire(transfer.keys)
+            if grant is None or not len(grant.extents):
+                return 0
+            try:
+                loaded = self._scatter(transfer, grant)
+                if not loaded or self._pool.intact(grant, 0, loaded):
+                    return loaded
+            finally:
+                self._pool.release(grant)
+        return 0
+
+    def _scatter(self, transfer: Transfer, grant: Grant) -> int:
+        """Copy what was granted, up to the first chunk that is out of reach or has a wrong size."""
+        lengths = grant.extents["length"].tolist()
+        fitting = next((at for at, size in enumerate(lengths) if size != transfer.sizes[at]), len(lengths))
+        if fitting < len(lengths):
+            got, wanted = lengths[fitting], transfer.sizes[fitting]
+            self._counters.failed(Cause.MALFORMED, "a chunk has a wrong length", got=got, wanted=wanted)
+        with self._pool.borrowed(grant.extents[:fitting], lengths[:fitting], grant.lineage) as views:
+            chunks = _leading(views)
+            if chunks:
+                scatter(transfer.part(0, len(chunks)), chunks, self._counters)
+            return len(chunks)
+
+
+class _Place(NamedTuple):
+    """Where a chunk from a tier is put: a reserved extent, or own memory where the pool has no room."""
+
+    chunk: Tensor
+    extent: int | None
+
+
+class _FromTiers:
+    """Loads leading chunks from the lower tiers and promotes them into the pool."""
+
+    def __init__(self, pool: Pool, lower: LowerTiers, counters: Counters) -> None:
+        self._pool = pool
+        self._lower = lower
+        self._counters = counters
+
+    def run(self, transfer: Transfer) -> int:
+        """Load at most TIER_LOAD_CHUNKS_MAX leading chunks that the pool lacks; how many came."""
+        if not self._lower:
+            return 0
+        transfer = transfer.part(0, TIER_LOAD_CHUNKS_MAX)
+        flags = self._lower.contains(transfer.keys)
+        transfer = transfer.part(0, flags.index(False) if False in flags else len(flags))
+        if not len(transfer):
+            return 0
+        reservation = self._pool.reserve(transfer.keys)
+        if reservation is None:
+            return self._scatter(
+                transfer, [_Place(self._own_memory(transfer, at), None) for at in range(len(transfer))]
+            )
+        return self._load_and_promote(transfer, reservation)
+
+    def _load_and_promote(self, transfer: Transfer, reservation: Reservation) -> int:
+        present = reservation.present
+        # Chunks that the pool has are loaded from there, in the next turn: but the first it just failed to
+        # give.
+        transfer = transfer.part(0, present.index(True, 1) if True in present[1:] else len(present))
+        missing = [at for at, there in enumerate(present) if not there and at < len(transfer)]
+        extents = reservation.extents[: len(missing)]
+        sizes = [transfer.sizes[at] for at in missing[: len(extents)]]
+        promoted: dict[int, int] = {}
+        try:
+            with self._pool.borrowed(extents, sizes, reservation.lineage) as views:
+                extent_of = {at: extent for extent, at in enumerate(missing[: len(views)])}
+                places = [self._place(transfer, at, views, extent_of.get(at)) for at in range(len(transfer))]
+                loaded = self._scatter(transfer, places)
+                promoted = {
+                    at: place.extent for at, place in enumerate(places[:loaded]) if place.extent is not None
+                }
+                places.clear()
+        finally:
+            self._pool.abort(np.delete(reservation.extents, list(promoted.values())))
+        if promoted:
+            self._promote(transfer.pick(list(promoted)), reservation, list(promoted.values()))
+        return loaded
+
+    def _place(self, transfer: Transfer, at: int, views: list[Tensor | None], extent: int | None) -> _Place:
+        view = None if extent is None else views[extent]
+        return _Place(self._own_memory(transfer, at), None) if view is None else _Place(view, extent)
+
+    def _scatter(self, transfer: Transfer, places: list[_Place]) -> int:
+        """Read the chunks, up to the first that no tier has any more, and scatter them; how many."""
+        chunks: list[Tensor] = []
+        for key, place in zip(transfer.keys, places, strict=True):
+            if not self._lower.get(key, place.chunk):
+                break
+            chunks.append(place.chunk)
+        if chunks:
+            scatter(transfer.part(0, len(chunks)), chunks, self._counters)
+        self._counters.add(tier_hits=len(chunks))
+        return len(chunks)
+
+    def _promote(self, transfer: Transfer, reservation: Reservation, extents: list[int]) -> None:
+        outcomes = self._pool.commit(
+            reservation.extents[extents], transfer.keys, transfer.sizes, reservation.lineage
+        )
+        self._counters.add(tier_promoted_chunks=outcomes.count(Outcome.COMMITTED))
+
+    def _own_memory(self, transfer: Transfer, at: int) -> Tensor:
+        return torch.empty(transfer.sizes[at], dtype=torch.uint8, device=transfer.paged.device)
+
+
+def _leading(views: list[Tensor | None]) -> list[Tensor]:
+    """The views up to the first that is None."""
+    leading = []
+    for view in views:
+        if view is None:
+            break
+        leading.append(view)
+    return leading

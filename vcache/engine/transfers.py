@@ -1,0 +1,127 @@
+"""From what callers pass to what is moved: chunk keys, slots or pages, a description of the tensors."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vcache.engine.arguments import (
+    Transfer,
+    checked_ids,
+    checked_keys,
+    checked_tensors,
+    checked_tokens,
+    masked_tokens,
+)
+from vcache.errors import ArgumentError
+from vcache.kernels import PagedKV
+from vcache.kernels.axes import parse_axes
+from vcache.keys import KeyChain
+from vcache.layout import KVLayout
+from vcache.limits import PAGED_KV_DESCRIBED_MAX
+
+
+class Transfers:
+    """Makes transfers for one layout and chain of keys. Thread-safe; what is wrong raises ArgumentError.
+
+    partial: whether a last chunk that is not full counts.
+    """
+
+    def __init__(self, layout: KVLayout, chain: KeyChain, axes: str, *, partial: bool) -> None:
+        parse_axes(axes)
+        self._layout = layout
+        self._chain = chain
+        self._partial = partial
+        self._described = DescribedTensors(axes, layout)
+
+    def keys(self, tokens: Any) -> tuple[list[bytes], int]:
+        """The keys of the chunks of `tokens`, and the number of tokens."""
+        array = checked_tokens(tokens)
+        return self._keys(array), len(array)
+
+    def of_tokens(
+        self, tokens: Any, *, mask: Any, offset: Any, kvcaches: Any, slot_mapping: Any
+    ) -> tuple[Transfer, NDArray[np.bool_], int]:
+        """The chunks behind the masked prefix; of each token, whether it has a slot; how many are masked."""
+        array = checked_tokens(tokens)
+        chunk_tokens = self._layout.chunk_tokens
+        masked = masked_tokens(mask, offset, len(array), chunk_tokens)
+        paged = self._described.describe(kvcaches)
+        slots = checked_ids("slot_mapping", slot_mapping, len(array), paged.num_slots, "token")
+        keys = self._keys(array)[masked // chunk_tokens :]
+        end = min(masked + len(keys) * chunk_tokens, len(array))
+        sizes = [self._layout.chunk_bytes] * len(keys)
+        if keys and (end - masked) % chunk_tokens:
+            sizes[-1] = self._layout.bytes_for((end - masked) % chunk_tokens)
+        transfer = Transfer(paged, keys, sizes, slots[masked:end], chunk_tokens)
+        return transfer, slots.numpy() >= 0, masked
+
+    def of_pages(self, keys: Any, *, kvcaches: Any, pages: Any) -> Transfer:
+        """Whole chunks, given by key, of `pages_per_chunk` pages each."""
+        checked = checked_keys(keys)
+        paged = self._described.describe(kvcaches)
+        per_chunk = self._layout.pages_per_chunk
+        per = f"page, {per_chunk} per key"
+        ids = checked_ids("pages", pages, len(checked) * per_chunk, paged.num_pages, per)
+        return Transfer(paged, checked, [self._layout.chunk_bytes] * len(checked), ids, per_chunk)
+
+    def require_form(self, form: str, instead: str) -> None:
+        """Raise ArgumentError unless the layout has this form; `instead`: what the other one calls."""
+        if self._layout.form != form:
+            wanted = f"{form!r} for this call; for {self._layout.form!r} there is {instead}"
+            raise ArgumentError("layout.form", repr(self._layout.form), wanted)
+
+    def forget(self) -> None:
+        """Let go of all tensors."""
+        self._described.forget()
+
+    def _keys(self, tokens: NDArray[np.int64]) -> list[bytes]:
+        return self._chain.keys(tokens, self._layout.chunk_tokens, partial=self._partial)
+
+
+class DescribedTensors:
+    """`PagedKV.from_tensors` with a memory of the last PAGED_KV_DESCRIBED_MAX sets of tensors. Thread-safe.
+
+    A description keeps its tensors alive, so an address in it cannot come to mean other tensors.
+    """
+
+    def __init__(self, axes: str, layout: KVLayout) -> None:
+        self._axes = axes
+        self._layout = layout
+        self._known: OrderedDict[Hashable, PagedKV] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def describe(self, kvcaches: Any) -> PagedKV:
+        """The description of `kvcaches`. Raises ArgumentError naming the tensor that does not fit."""
+        tensors = checked_tensors(kvcaches)
+        if tensors is None:
+            return PagedKV.from_tensors(kvcaches, self._axes, self._layout)
+        identity = (isinstance(kvcaches, Tensor), *map(_identity, tensors))
+        with self._lock:
+            known = self._known.get(identity)
+            if known is not None:
+                self._known.move_to_end(identity)
+                return known
+        made = PagedKV.from_tensors(kvcaches, self._axes, self._layout)
+        with self._lock:
+            self._known[identity] = made
+            while len(self._known) > PAGED_KV_DESCRIBED_MAX:
+                self._known.popitem(last=False)
+        return made
+
+    def forget(self) -> None:
+        """Let go of all tensors."""
+        with self._lock:
+            self._known.clear()
+
+
+def _identity(tensor: Tensor) -> Hashable:
+    if tensor.is_sparse or tensor.is_meta:  # without an address: whoever describes it refuses it
+        return object()
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
