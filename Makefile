@@ -47,17 +47,15 @@ clean: ## remove .venv, caches and builds
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A plain `pip install torch` brings gigabytes of CUDA libraries. With a GPU that is right. Without one we ask for
-# the CPU build by its exact version (…+cpu): first where pip is configured to look, then at PyTorch's own CPU index
-# (one short try: it may be out of reach), and if neither has it we take what there is.
+# the CPU build by its exact version (…+cpu) where pip is configured to look, and if it is not there take what there is.
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
-CPU_TORCH := torch==$(TORCH_VERSION)+cpu
-CPU_INDEX := https://download.pytorch.org/whl/cpu
 define install_torch
 if [ -n "$(TORCH)" ]; then $(PIP) $(TORCH); \
 elif [ -e /dev/nvidia0 ] || command -v nvidia-smi >/dev/null; then $(PIP) torch==$(TORCH_VERSION); \
-else $(PIP) $(CPU_TORCH) 2>/dev/null \
-	|| $(PIP) $(CPU_TORCH) --index-url $(CPU_INDEX) --retries 0 --timeout 15 2>/dev/null \
-	|| { echo "no CPU build of PyTorch within reach: installing the default one"; $(PIP) torch==$(TORCH_VERSION); }; fi
+else $(PIP) torch==$(TORCH_VERSION)+cpu 2>/dev/null \
+	|| { echo "pip finds no CPU build of PyTorch: installing the default one, with CUDA (several GB)."; \
+	echo "For the small one stop this and give pip PyTorch's own CPU index: make TORCH=\"torch --index-url …\""; \
+	$(PIP) torch==$(TORCH_VERSION); }; fi
 endef
 
 # Some systems package Python without ensurepip: the system's own pip then puts one into the new environment.

@@ -74,10 +74,8 @@ def machine() -> str:
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     cores = len(os.sched_getaffinity(0))
-    return (
-        f"{date.today()}, {model}, {cores} cores, Linux {platform.release()}, Python {platform.python_version()}, "
-        f"commit {git.stdout.strip() or 'unknown'}"
-    )
+    system = f"Linux {platform.release()}, Python {platform.python_version()}"
+    return f"{date.today()}, {model}, {cores} cores, {system}, commit {git.stdout.strip() or 'unknown'}"
 
 
 def show(title: str, figures: Sequence[Figure], console: Console) -> None:

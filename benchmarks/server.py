@@ -6,11 +6,9 @@ The echo is the physical limit of a request: the same frame, the same sockets, n
 from __future__ import annotations
 
 import os
-import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,18 +17,19 @@ from typing import Final
 
 import zmq
 
-from benchmarks.report import ROOT, Figure, at_least, at_most, interleaved, ratio
+from benchmarks.processes import DEADLINE_S, Pool
+from benchmarks.report import Figure, at_least, at_most, interleaved, ratio
 from vcache import protocol
 from vcache.client import Client
-from vcache.config import load
 from vcache.layout import KVLayout
-from vcache.limits import KIB
 from vcache.segment import allocate
 
 CHUNKS: Final = 100_000
 LAYOUT: Final = KVLayout(num_layers=1, num_kv_heads=1, head_size=64, dtype="float16", chunk_tokens=16)
 ROUNDS: Final = 40
 CALLS: Final = 50
+STARTS: Final = 5
+RESTARTS: Final = 3
 
 _ECHO: Final = """
 import sys, zmq
@@ -58,39 +57,6 @@ def echo(folder: Path, frame: bytes) -> Iterator[zmq.Socket[bytes]]:
         process.wait()
         dealer.close(linger=0)
         context.term()
-
-
-class Server:
-    """A metadata server of our own, restarted at will."""
-
-    def __init__(self, folder: Path) -> None:
-        self.runtime = folder / "run"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> float:
-        """Start it; seconds until its session socket accepts."""
-        begin = time.perf_counter()
-        options = ["--runtime-dir", str(self.runtime), "--log-level", "warning"]
-        self.process = subprocess.Popen([sys.executable, "-m", "metadata_server.server", *options], cwd=ROOT)
-        while not (self.runtime / "session.sock").exists():
-            if self.process.poll() is not None:
-                raise RuntimeError(f"the server ended with {self.process.returncode}")
-            time.sleep(0.001)
-        return time.perf_counter() - begin
-
-    def kill(self) -> None:
-        """SIGKILL."""
-        assert self.process is not None
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        (self.runtime / "session.sock").unlink(missing_ok=True)
-
-    def memory(self) -> int:
-        """Bytes of memory that are the server's own, its table included."""
-        assert self.process is not None
-        status = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        fields = dict(line.split(":", 1) for line in status)
-        return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) * KIB
 
 
 def _fill(client: Client, count: int) -> list[bytes]:
@@ -142,23 +108,19 @@ def _latencies(
 def run() -> list[Figure]:
     """Measure; takes some 20 s."""
     figures: list[Figure] = []
-    with tempfile.TemporaryDirectory(prefix="vcb", dir="/dev/shm") as name:
-        server = Server(Path(name))
+    with Pool() as pool:
         starts = []
-        for _ in range(5):
-            starts.append(server.start())
-            server.kill()
+        for _ in range(STARTS):
+            starts.append(pool.start_server())
+            pool.kill_server()
         figures.append(at_most("start to ready", statistics.median(starts), 0.5, "s"))
-        server.start()
-        overrides = {"runtime_dir": str(server.runtime), "server.autostart": False}
-        config = load(**overrides, **{"client.request_timeout_ms": 10_000}).config
-        size = (CHUNKS + 4096) * 4 * KIB
-        client = Client(config, name="benchmark", new_segment=lambda: allocate("shm:0", size))
+        pool.start_server()
+        size = (CHUNKS + 4096) * LAYOUT.chunk_bytes
+        client = pool.client(lambda: allocate("shm:0", size))
         try:
-            client.wait_connected(30)
-            before = server.memory()
+            before = pool.server_memory()
             keys = _fill(client, CHUNKS)
-            grown = (server.memory() - before) / 1e6
+            grown = (pool.server_memory() - before) / 1e6
             figures.append(at_most(f"server memory for {CHUNKS:,} chunks", grown, 100, "MB"))
             frame = protocol.encode_request(
                 protocol.Lookup(keys[0], LAYOUT.fingerprint),
@@ -167,22 +129,21 @@ def run() -> list[Figure]:
                 token=bytes(16),
                 epoch=1 << 62,
             )
-            with echo(Path(name), frame) as dealer:
+            with echo(pool.folder, frame) as dealer:
                 figures += _latencies(client, dealer, frame, keys)
-            figures.append(at_most(f"restart with {CHUNKS:,} chunks", _restart(server, client, keys), 1, "s"))
+            figures.append(at_most(f"restart with {CHUNKS:,} chunks", _restart(pool, client, keys), 1, "s"))
         finally:
             client.close()
-            server.kill()
     return figures
 
 
-def _restart(server: Server, client: Client, keys: list[bytes]) -> float:
+def _restart(pool: Pool, client: Client, keys: list[bytes]) -> float:
     """Seconds from the start of a killed server's successor until it accepts sessions, its pool warm."""
     taken = []
-    for _ in range(3):
-        server.kill()
-        taken.append(server.start())
-        if not client.wait_connected(30) or client.lookup(keys[:512], LAYOUT.fingerprint) != 512:
+    for _ in range(RESTARTS):
+        pool.kill_server()
+        taken.append(pool.start_server())
+        if not client.wait_connected(DEADLINE_S) or client.lookup(keys[:512], LAYOUT.fingerprint) != 512:
             raise RuntimeError("the pool was cold after the restart")
     return statistics.median(taken)
 

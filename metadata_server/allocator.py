@@ -9,8 +9,10 @@ smaller than one extent is slack.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 
 from vcache.limits import EXTENT_ALIGN_BYTES, SLAB_EXTENTS_MAX, SLABS_PER_SEGMENT
 from vcache.table import ExtentTable
@@ -78,6 +80,12 @@ class SegmentRoom:
 def extent_size(length: int) -> int:
     """The size of the extents for chunks of `length` bytes: rounded up to EXTENT_ALIGN_BYTES."""
     return -(-length // EXTENT_ALIGN_BYTES) * EXTENT_ALIGN_BYTES
+
+
+def slab_extents(room: SegmentRoom, size: int) -> int:
+    """How many extents of this size a slab of this segment has, if there is room for as many."""
+    share = max((room.end - room.begin) // SLABS_PER_SEGMENT, size)
+    return min(share // size, SLAB_EXTENTS_MAX)
 
 
 class Allocator:
@@ -176,8 +184,7 @@ class Allocator:
         return None
 
     def _cut_at(self, room: SegmentRoom, begin: int, end: int, size: int) -> Slab | None:
-        share = max((room.end - room.begin) // SLABS_PER_SEGMENT, size)
-        count = min(share // size, (end - begin) // size, SLAB_EXTENTS_MAX)
+        count = min(slab_extents(room, size), (end - begin) // size)
         indices = self._records(count)
         if not indices:
             return None
@@ -212,11 +219,33 @@ class Allocator:
         room.slabs.remove(slab)
         self._retire(slab)
 
+    def split(self, slab: Slab, apart: Sequence[bool]) -> list[Slab]:
+        """Make several slabs of one, cut where `apart` differs between neighbours; no extent changes."""
+        room = self.rooms[slab.segment]
+        free = set(slab.free)
+        if free:
+            self._close(slab)
+        room.slabs.remove(slab)
+        room.used_bytes -= slab.size * len(slab.indices)
+        self._forget(slab)
+        parts: list[Slab] = []
+        for _, run in groupby(zip(apart, slab.indices, strict=True), key=itemgetter(0)):
+            indices = [index for _, index in run]
+            offset = parts[-1].end if parts else slab.offset
+            parts.append(self.adopt(slab.segment, offset, slab.size, indices))
+            for index in indices:
+                if index in free:
+                    self.give_back(index)
+        return parts
+
     def _retire(self, slab: Slab) -> None:
         for index in slab.indices:
             self._table.dissolve(index)
             self._slab_of[index] = None
         self._unused.extend(reversed(slab.indices))
+        self._forget(slab)
+
+    def _forget(self, slab: Slab) -> None:
         del self.slabs[slab.number]
         self._slab_numbers.append(slab.number)
 
@@ -255,32 +284,37 @@ class Allocator:
 
     # -- room for another size
 
-    def window(
-        self, size: int, empties: Callable[[Slab], bool], coldness: Callable[[Slab], int]
-    ) -> list[Slab] | None:
-        """The slabs of other sizes to empty so that an extent of `size` fits: the coldest, or those beside
-        slack.
+    def windows(
+        self, count: int, size: int, empties: Callable[[Slab], bool], coldness: Callable[[Slab], int]
+    ) -> list[Slab]:
+        """The slabs of other sizes to empty so that some extents of `size` fit, `count` at most: the coldest.
 
-        empties: whether a slab may be emptied. coldness: its last use. Among windows that waste nothing the
-        coldest is taken; otherwise one that touches slack, so that slack does not spread over the segment.
+        empties: whether a slab may be emptied. coldness: its last use. None if not one extent would fit.
+        Extents are cut from the beginning of a gap, so a window wastes nothing if they fill it, or if it lies
+        at the lower end of what may be emptied or behind slack: then what is left lies beside the next one. A
+        change of layout so goes upwards through a segment and loses less than one extent at its end. Only
+        where there is no such window one that wastes is taken, and no other with it.
         """
-        best: tuple[bool, int, list[Slab]] | None = None
+        found: list[tuple[bool, int, int, list[Slab]]] = []
         for room in self.rooms.values():
             for begin, end, inside in room.gaps(
                 lambda slab: slab.size != size and (slab.spare or empties(slab))
             ):
-                if end - begin < size:
-                    continue
                 for first, last in _windows(begin, end, inside, size):
                     slabs = inside[first:last]
                     lower = inside[first - 1].end if first else begin
                     upper = inside[last].offset if last < len(inside) else end
-                    slack = (slabs[0].offset - lower) + (upper - slabs[-1].end)
-                    waste = (slabs[-1].end - slabs[0].offset) % size
-                    found = (waste > 0 and not slack, max(map(coldness, slabs)), slabs)
-                    if best is None or found[:2] < best[:2]:
-                        best = found
-        return best[2] if best else None
+                    wasteful = first > 0 and slabs[0].offset == lower and (upper - lower) % size > 0
+                    found.append((wasteful, max(map(coldness, slabs)), (upper - lower) // size, slabs))
+        found.sort(key=itemgetter(0, 1))
+        chosen: dict[Slab, None] = {}
+        for wasteful, _, fits, slabs in found:
+            if count <= 0 or (wasteful and chosen):
+                break
+            if chosen.keys().isdisjoint(slabs):
+                chosen.update(dict.fromkeys(slabs))
+                count -= fits
+        return list(chosen)
 
     def check(self) -> None:
         """Prove that extents do not overlap, that slabs and table agree and that no record is lost."""

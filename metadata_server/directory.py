@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from metadata_server.allocator import Allocator, Slab, extent_size
 from metadata_server.errors import Refusal
@@ -427,14 +428,14 @@ class Directory:
         order = self._order(size)
         coldest = order.coldest()
         limit_ns = int(self.table.used_ns[coldest]) if coldest is not None else None
-        slabs = self._colder_slabs(size, limit_ns, keep)
+        slabs = self._colder_slabs(count, size, limit_ns, keep)
         if slabs:
             self._empty_all(slabs)
             return True
         victims = order.evict(count, lambda index: index in keep or self.rights.held(index))
         self._evicted(victims)
         if not victims and coldest is not None:
-            slabs = self._colder_slabs(size, None, keep) or []
+            slabs = self._colder_slabs(count, size, None, keep)
             self._empty_all(slabs)
             return bool(slabs)
         return bool(victims)
@@ -446,30 +447,49 @@ class Directory:
         for size in [size for size, order in self._orders.items() if not len(order) and size not in sizes]:
             del self._orders[size]
 
-    def _colder_slabs(self, size: int, limit_ns: int | None, keep: set[int]) -> list[Slab] | None:
+    def _colder_slabs(self, count: int, size: int, limit_ns: int | None, keep: set[int]) -> list[Slab]:
         """Slabs of other sizes to empty for this size: colder than `limit_ns`, or as cold as there are."""
         if len(self._orders) == 1:
-            return None
-        others = [slab for slab in self.allocator.slabs.values() if slab.size != size]
-        if limit_ns is not None and all(self._coldness(slab) >= limit_ns for slab in others):
-            return None
+            return []
+        held = {
+            slab: self._held_in(slab, keep)
+            for slab in self.allocator.slabs.values()
+            if slab.size != size and (limit_ns is None or self._coldness(slab) < limit_ns)
+        }
 
         def may_empty(slab: Slab) -> bool:
-            if limit_ns is not None and self._coldness(slab) >= limit_ns:
-                return False
-            return self._evictable(slab, keep)
+            return slab in held and not held[slab].any()
 
-        return self.allocator.window(size, may_empty, self._coldness)
+        found = self.allocator.windows(count, size, may_empty, self._coldness)
+        if found or not held:
+            return found
+        for slab, flags in list(held.items()):
+            if flags.any() and not flags.all():
+                held.update({part: self._held_in(part, keep) for part in self._split(slab, flags)})
+        return self.allocator.windows(count, size, may_empty, self._coldness)
+
+    def _split(self, slab: Slab, held: NDArray[np.bool_]) -> list[Slab]:
+        """Part what is held from what may be evicted: a few pins or stocks must not keep whole slabs."""
+        parts = self.allocator.split(slab, held.tolist())
+        used_ns = self._slab_used_ns.pop(slab.number, 0)
+        for part in parts:
+            self._slab_of[part.indices] = part.number
+            self._slab_used_ns[part.number] = min(used_ns, int(self.table.used_ns[part.indices].max()))
+        return parts
 
     def _coldness(self, slab: Slab) -> int:
         return 0 if slab.spare else self._slab_used_ns.get(slab.number, 0)
 
-    def _evictable(self, slab: Slab, keep: set[int]) -> bool:
-        states = self.table.word[slab.indices] >> np.uint64(28) & np.uint64(0xF)
-        if np.isin(states, (State.RESERVED, State.ORPHANED)).any():
-            return False
-        held = self.table.pins[slab.indices].any() or self.rights.leases[slab.indices].any()
-        return not held and keep.isdisjoint(slab.indices)
+    def _held_in(self, slab: Slab, keep: set[int]) -> NDArray[np.bool_]:
+        """Of each extent of the slab, whether it must stay: somebody may write or read it, or it is in `keep`."""
+        indices = slab.indices
+        states = self.table.word[indices] >> np.uint64(28) & np.uint64(0xF)
+        held: NDArray[np.bool_] = np.isin(states, (State.RESERVED, State.ORPHANED))
+        held |= self.table.pins[indices] > 0
+        held |= self.rights.leases[indices] > 0
+        if not keep.isdisjoint(indices):
+            held |= np.isin(indices, list(keep))
+        return held
 
     def _empty(self, slab: Slab) -> None:
         for index in slab.indices:

@@ -4,13 +4,12 @@ again.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
+from metadata_server.allocator import slab_extents
 from metadata_server.directory import NS, Directory, Policy
-from vcache.limits import SEGMENTS_MAX, SLAB_EXTENTS_MAX, SLABS_PER_SEGMENT
+from vcache.limits import SEGMENTS_MAX
 from vcache.table import ExtentTable, State, TableDamaged
 
 
@@ -45,48 +44,31 @@ def _states(table: ExtentTable, indices: NDArray[np.intp]) -> NDArray[np.uint64]
 def _find_slabs(directory: Directory, indices: NDArray[np.intp]) -> None:
     """Group the extents into slabs again: runs of equal size, side by side, no longer than a slab is cut."""
     records = directory.table.records
-    places = np.stack(
-        [indices, *(records[name][indices].astype(np.int64) for name in ("segment", "offset", "size"))]
-    )
-    run: list[_Place] = []
-    for place in map(_Place._make, places[:, np.lexsort((places[2], places[1]))].T.tolist()):
-        if run and not _continues(directory, run, place):
-            _adopt(directory, run)
-            run = []
-        run.append(place)
-    if run:
-        _adopt(directory, run)
+    columns = [records[name][indices].astype(np.int64) for name in ("segment", "offset", "size")]
+    order = np.lexsort((columns[1], columns[0]))
+    indices = indices[order]
+    segment, offset, size = (column[order] for column in columns)
+    end = offset + size
+    same = segment[1:] == segment[:-1]
+    if (same & (end[:-1] > offset[1:])).any() or (size <= 0).any():
+        raise TableDamaged("extents overlap, or one has no size")
+    beside = same & (end[:-1] == offset[1:]) & (size[1:] == size[:-1])
+    starts = np.flatnonzero(np.concatenate(([True], ~beside)))[: len(indices)].tolist()
+    for first, last in zip(starts, [*starts[1:], len(indices)], strict=False):
+        place = int(segment[first]), int(offset[first]), int(size[first])
+        _adopt(directory, indices[first:last].tolist(), *place)
 
 
-class _Place(NamedTuple):
-    record: int
-    segment: int
-    offset: int
-    size: int
-
-
-def _continues(directory: Directory, run: list[_Place], place: _Place) -> bool:
-    last = run[-1]
-    if last.segment != place.segment:
-        return False
-    if last.offset + last.size > place.offset:
-        raise TableDamaged(f"extents overlap at byte {place.offset} of segment {place.segment}")
-    room = directory.allocator.rooms.get(place.segment)
-    share = max((room.end - room.begin) // SLABS_PER_SEGMENT, place.size) if room else 0
-    beside = last.offset + last.size == place.offset and last.size == place.size
-    return beside and len(run) < min(share // place.size, SLAB_EXTENTS_MAX)
-
-
-def _adopt(directory: Directory, run: list[_Place]) -> None:
-    indices = [place.record for place in run]
-    _, segment, offset, size = run[0]
+def _adopt(directory: Directory, run: list[int], segment: int, offset: int, size: int) -> None:
     room = directory.allocator.rooms.get(segment)
     if room is None:
-        directory.allocator.dissolve_records(indices)
+        directory.allocator.dissolve_records(run)
         return
-    if offset < room.begin or offset + size * len(run) > room.end or size <= 0:
+    if offset < room.begin or offset + size * len(run) > room.end:
         raise TableDamaged(f"extents at byte {offset} of segment {segment} leave it")
-    directory.allocator.adopt(segment, offset, size, indices)
+    step = slab_extents(room, size)
+    for at in range(0, len(run), step):
+        directory.allocator.adopt(segment, offset + at * size, size, run[at : at + step])
 
 
 def _take_up_extents(directory: Directory) -> None:

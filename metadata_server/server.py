@@ -8,6 +8,7 @@ away grants nothing more and ends.
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import secrets
@@ -72,7 +73,10 @@ class Server:
             lease_ms=config.server.lease_ms,
             pinned_bytes_max=int(config.server.pinned_bytes_max),
         )
+        gc.disable()  # what is read from the table stays: to look through it again and again finds nothing
         table, directory, warm = _table_and_directory(self._runtime, config.server.extents_max, self._policy)
+        gc.freeze()
+        gc.enable()
         self._table = table
         if not self._runtime.on_tmpfs:
             log.warning(

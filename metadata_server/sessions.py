@@ -134,9 +134,12 @@ class Sessions:
             received = connection.receive()
         except BlockingIOError:
             return
-        except (OSError, RemoteProtocolError) as error:
+        except RemoteProtocolError as error:
             self._hang_up(connection, 0, Refusal(ErrorCode.MALFORMED, str(error)))
             return
+        except OSError as error:  # a process that was killed with messages unread resets its connection
+            log.debug(Line("session socket lost", pid=connection.pid, error=str(error)))
+            received = None
         if received is None:
             self._close(connection)
             return

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -63,7 +64,7 @@ def test_ten_processes_start_one_server(pool: Pool) -> None:
         pid = server_pid(pool)
         assert pid is not None
         assert os.getsid(pid) != os.getsid(0)
-        parent = int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1])
+        parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         assert parent not in {process.pid for process in processes}, "it is nobody's child"
         assert os.sched_getaffinity(pid) == os.sched_getaffinity(0) or len(os.sched_getaffinity(pid)) > 1
         assert os.readlink(f"/proc/{pid}/cwd") == "/"

@@ -115,10 +115,11 @@ def test_death_of_the_parent_is_seen_though_a_child_lives(pool: Pool) -> None:
     try:
         assert observer.lookup([key(1)], LAYOUT) == 1
         parent.kill()
-        parent.communicate()
+        parent.wait(DEADLINE_S)
         until(lambda: len(observer.stats().sessions) == 1, "the session ended")
         assert alive(child)
         assert observer.lookup([key(1)], LAYOUT) == 0
         assert observer.stats().segments == []
     finally:
         os.kill(child, signal.SIGKILL)
+        parent.communicate(timeout=DEADLINE_S)

@@ -54,10 +54,9 @@ def make(pool: Pool, *, size: int | str = 0, layout: KVLayout = LAYOUT, **given:
     return made
 
 
-def store(engine: VCacheEngine, seed: int, count: int, **given: Any) -> PagedPrompt:
+def store(engine: VCacheEngine, seed: int, count: int, **given: Any) -> None:
     paged = PagedPrompt(seed, count).fill()
     engine.store(paged.tokens, kvcaches=paged.kvcaches, slot_mapping=paged.slots, **given)
-    return paged
 
 
 def load(engine: VCacheEngine, seed: int, count: int, mask: Any = None) -> list[bool]:

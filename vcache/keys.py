@@ -131,9 +131,8 @@ def model_digest(path_or_name: str | os.PathLike[str], revision: str = "") -> st
     """
     path = Path(path_or_name)
     if path.is_dir():
-        names = sorted(
-            entry.name for entry in path.iterdir() if entry.suffix in _WHOLE_SUFFIXES | _WEIGHT_SUFFIXES
-        )
+        files = (entry for entry in path.iterdir() if entry.is_file())
+        names = sorted(file.name for file in files if file.suffix in _WHOLE_SUFFIXES | _WEIGHT_SUFFIXES)
         if not names:
             raise ArgumentError("model", path, "a directory with a configuration or weights")
         fields = [b"directory", *(field for name in names for field in _file_fields(path / name))]

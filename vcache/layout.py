@@ -34,15 +34,13 @@ DTYPE_BYTES: Final = {
 class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
     """What a chunk's bytes mean; equal layouts, and only they, have equal fingerprints.
 
-    kv_parts: 2 for K and V, 1 for MLA's single latent (then `num_kv_heads` is 1 and `head_size` the latent's
-    width).
+    kv_parts: 2 for K and V, 1 for MLA's latent (then `num_kv_heads` is 1 and `head_size` the latent's width).
     chunk_tokens: tokens in a whole chunk; in the pages form a multiple of page_tokens.
-    page_tokens, page_bytes: pages form only: tokens in a page; bytes that a page of one layer holds, all in
-    all.
-    page_format: pages form only: free text naming what the page's inside depends on: attention backend, ISA,
-        …. A word `axes=…` in it is compared with `PagedKV.page_axes`, so that pages of another order are
-        refused. Where one tensor holds all layers and a page of all of them is contiguous, say
-        `num_layers=1`, count all layers in `page_bytes`, and name them here: then a page is one copy.
+    page_tokens, page_bytes: pages form only: tokens in a page; all bytes that a page of one layer holds.
+    page_format: pages form only: free text naming what a page's inside depends on (backend, ISA). A word
+        `axes=…` in it is compared with `PagedKV.page_axes`, so that pages of another order are refused. Where
+        one tensor holds all layers and a page of all of them is contiguous, say `num_layers=1`, count all
+        layers in `page_bytes`, and name them here: then a page is one copy.
 
     Raises ArgumentError, naming the field, for values that make no layout.
     """

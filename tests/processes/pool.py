@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from tests.processes.worker import DEADLINE_S, Worker
+from tests.processes.worker import DEADLINE_S, Worker, eventually
 from vcache.client import Client
 from vcache.config import load
 from vcache.protocol import Statistics
@@ -43,14 +44,13 @@ class Pool:
         if self._observer is not None:
             self._observer.close()
         for worker in self.workers:
-            if worker.process.is_alive():
-                worker.signal(signal.SIGCONT)
             worker.kill()
         for process in (*self.holders, self.server):
             if process is not None and process.poll() is None:
-                process.send_signal(signal.SIGCONT)
                 process.kill()
                 process.wait(DEADLINE_S)
+            if process is not None and process.stdout is not None:
+                process.stdout.close()
         self._folder.cleanup()
 
     # -- processes
@@ -100,12 +100,13 @@ class Pool:
         self.workers.append(worker)
         return worker
 
-    def engine(self, *, device: str = "shm:0", size: int | str = 0, **config: Any) -> Worker:
-        """A worker with an engine; size 0: it lends no segment."""
+    def engine(
+        self, *, device: str = "shm:0", size: int | str = 0, pages: bool = False, **config: Any
+    ) -> Worker:
+        """A worker with an engine; size 0: it lends no segment. pages: of the layout's pages form."""
         worker = self.start_worker()
-        worker.call(
-            "open_engine", **{**self.client_config(), **config}, device=device, **{"segment.size": size}
-        )
+        given = {**self.client_config(), **config, "device": device, "segment.size": size}
+        worker.call("open_engine", pages=pages, **given)
         return worker
 
     def client_config(self) -> dict[str, Any]:
@@ -134,6 +135,20 @@ class Pool:
     def counters(self) -> dict[str, float]:
         """The server's counters and gauges."""
         return self.statistics().counters
+
+    def eventually(self, holds: Callable[[Pool], object], what: str, within_s: float = DEADLINE_S) -> None:
+        """Wait until `holds(pool)`; it may ask the server. AssertionError, which says `what`, after `within_s`."""
+        eventually(lambda: holds(self), what, within_s)
+
+    def assert_nothing_leaks(self) -> None:
+        """Wait until nobody holds a right to anything; then the server proves that all extents are accounted for.
+
+        To be called when no worker does anything any more.
+        """
+        rights = ("reservations", "leases", "pins")
+        self.eventually(lambda pool: not any(map(pool.counters().get, rights)), f"no {', '.join(rights)} are left")
+        assert not sum(row.reserved_bytes for row in self.statistics().segments)
+        self.check()
 
     def check(self) -> None:
         """The server proves that extents do not overlap and nothing leaks. Raises ServerError."""

@@ -31,6 +31,11 @@ from vcache.segment import Segment, allocate, parse_device
 _LOOK_S = 0.5
 """How often it looks whether it was told to end while it waits for the segment to be lent."""
 
+_REFUSED_LOOKS = 2
+"""Looks in a row that find a session without the segment before that counts as refused: a session that begins
+anew has none for an instant.
+"""
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vcache segment`."""
@@ -113,15 +118,19 @@ class _Holder:
         return allocate(self._config.device, self._size, numa=self._numa)
 
     def _wait_lent(self, client: Client) -> int:
-        """The number under which it is lent; 0 when told to end. Raises ServerError if the server refuses it."""
+        """The number under which it is lent; 0 when told to end. Raises ServerError if it is refused."""
+        refused = 0
         while not self._told.is_set():
             settled = client.wait_connected(_LOOK_S)
             if client.own_segment:
                 return client.own_segment
-            if settled:
+            refused = refused + 1 if settled else 0
+            if refused >= _REFUSED_LOOKS:
                 raise ServerError(
                     ErrorCode.LIMIT, "the metadata server does not take the segment: see the log"
                 )
+            if settled:
+                self._told.wait(_LOOK_S)
         return 0
 
     def _say(self, number: int, *, as_json: bool) -> None:

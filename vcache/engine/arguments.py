@@ -14,10 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vcache.config import Config, load
 from vcache.errors import ArgumentError
 from vcache.kernels import PagedKV
 from vcache.keys import as_tokens
+from vcache.layout import KVLayout
 from vcache.limits import KEY_BYTES
+from vcache.tiers import Tier
 
 
 @dataclass(frozen=True)
@@ -173,3 +176,29 @@ def checked_tensors(kvcaches: Any) -> list[Tensor] | None:
         raise ArgumentError("kvcaches", type(kvcaches).__name__, wanted)
     tensors = [tensor for tensor in kvcaches if isinstance(tensor, Tensor)]
     return tensors if len(tensors) == len(kvcaches) else None
+
+
+def check_identity(layout: Any, model: Any, tiers: Any) -> None:
+    """Raise ArgumentError unless these say whose chunks an engine moves and where else they may be."""
+    if not isinstance(layout, KVLayout):
+        raise ArgumentError("layout", type(layout).__name__, "a KVLayout")
+    if not isinstance(model, str) or not model:
+        raise ArgumentError("model", repr(model), "the identity of the model: text that is not empty")
+    if not isinstance(tiers, Sequence):
+        raise ArgumentError("tiers", type(tiers).__name__, "a sequence of Tiers, the fastest first")
+    for at, tier in enumerate(tiers):
+        if not isinstance(tier, Tier):
+            raise ArgumentError(f"tiers[{at}]", type(tier).__name__, "a Tier (vcache.tiers.Tier)")
+
+
+def loaded_config(config: Any, overrides: dict[str, Any]) -> Config:
+    """The configuration given, or the one that `overrides` load. Raises ArgumentError, ConfigError."""
+    if config is None:
+        return load(**overrides).config
+    if overrides:
+        raise ArgumentError(
+            "config", f"one, and {', '.join(sorted(overrides))} as well", "the one or the others"
+        )
+    if not isinstance(config, Config):
+        raise ArgumentError("config", type(config).__name__, "a vcache.config.Config, as `load` makes it")
+    return config

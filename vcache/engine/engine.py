@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from vcache.client import Client
-from vcache.config import Config, load
-from vcache.engine.arguments import Transfer, checked_key, checked_keys
+from vcache.config import Config
+from vcache.engine.arguments import Transfer, check_identity, checked_key, checked_keys, loaded_config
 from vcache.engine.handles import Gate, Operations, RetrieveHandle, StoreHandle, finished
 from vcache.engine.lending import Lending
 from vcache.engine.lookup import Location, Lookup
@@ -23,7 +23,6 @@ from vcache.engine.stats import Cause, Counters
 from vcache.engine.store import Store
 from vcache.engine.tier_queue import TierQueue
 from vcache.engine.transfers import Transfers
-from vcache.errors import ArgumentError
 from vcache.keys import KeyChain, Tokens
 from vcache.layout import KVLayout
 from vcache.runtime import RuntimeDir
@@ -65,9 +64,9 @@ class VCacheEngine:
         0}`. Raises ArgumentError, ConfigError, and SegmentError if the segment that was asked for does not
         fit.
         """
-        _check_identity(layout, model, tiers)
+        check_identity(layout, model, tiers)
         chain = KeyChain(layout.fingerprint, model, rank, cache_salt, lora)
-        config = _loaded(config, overrides)
+        config = loaded_config(config, overrides)
         self._transfers = Transfers(layout, chain, kv_axes, partial=config.engine.store_partial_chunks)
         self._layout = layout
         self._gate = Gate(name)
@@ -305,30 +304,6 @@ class VCacheEngine:
             Cause.ASYNC_LIMIT, "too many operations are under way to store more", chunks=chunks
         )
         return finished(0)
-
-
-def _check_identity(layout: Any, model: Any, tiers: Any) -> None:
-    if not isinstance(layout, KVLayout):
-        raise ArgumentError("layout", type(layout).__name__, "a KVLayout")
-    if not isinstance(model, str) or not model:
-        raise ArgumentError("model", repr(model), "the identity of the model: text that is not empty")
-    if not isinstance(tiers, Sequence):
-        raise ArgumentError("tiers", type(tiers).__name__, "a sequence of Tiers, the fastest first")
-    for at, tier in enumerate(tiers):
-        if not isinstance(tier, Tier):
-            raise ArgumentError(f"tiers[{at}]", type(tier).__name__, "a Tier (vcache.tiers.Tier)")
-
-
-def _loaded(config: Config | None, overrides: dict[str, Any]) -> Config:
-    if config is None:
-        return load(**overrides).config
-    if overrides:
-        raise ArgumentError(
-            "config", f"one, and {', '.join(sorted(overrides))} as well", "the one or the others"
-        )
-    if not isinstance(config, Config):
-        raise ArgumentError("config", type(config).__name__, "a vcache.config.Config, as `load` makes it")
-    return config
 
 
 def _session_path(config: Config) -> Path:

@@ -23,6 +23,7 @@ class Handle(Generic[Result]):
 
     def __init__(self, future: Future[Result]) -> None:
         self._future = future
+        self._pid = os.getpid()
 
     def done(self) -> bool:
         """Whether the copy has really finished (or failed); never blocks."""
@@ -31,9 +32,11 @@ class Handle(Generic[Result]):
     def result(self, timeout_s: float | None = None) -> Result:
         """Wait until it is done, return what the blocking call returns; TimeoutError after `timeout_s`.
 
-        A timeout ends the waiting and nothing else: the copy goes on. Raises what the operation raised, if
-        it did.
+        A timeout ends the waiting and nothing else: the copy goes on. Raises what the operation raised, if it
+        did, and ForkedProcess in a child that fork() made, where it would never be done.
         """
+        if os.getpid() != self._pid:
+            raise ForkedProcess(f"this operation runs in process {self._pid}, and was begun before fork()")
         try:
             return self._future.result(timeout_s)
         except concurrent.futures.TimeoutError:

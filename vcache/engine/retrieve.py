@@ -112,7 +112,7 @@ class _FromTiers:
         reservation = self._pool.reserve(transfer.keys)
         if reservation is None:
             return self._scatter(
-                transfer, [_Place(self._own_memory(transfer, at), None) for at in range(len(transfer))]
+                transfer, [self._place(transfer, at, [], None) for at in range(len(transfer))]
             )
         return self._load_and_promote(transfer, reservation)
 
@@ -130,9 +130,8 @@ class _FromTiers:
                 extent_of = {at: extent for extent, at in enumerate(missing[: len(views)])}
                 places = [self._place(transfer, at, views, extent_of.get(at)) for at in range(len(transfer))]
                 loaded = self._scatter(transfer, places)
-                promoted = {
-                    at: place.extent for at, place in enumerate(places[:loaded]) if place.extent is not None
-                }
+                used = enumerate(place.extent for place in places[:loaded])
+                promoted = {at: extent for at, extent in used if extent is not None}
                 places.clear()
         finally:
             self._pool.abort(np.delete(reservation.extents, list(promoted.values())))

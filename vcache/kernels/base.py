@@ -11,8 +11,8 @@ from vcache.errors import ArgumentError
 from vcache.kernels.axes import parse_axes, require_axes
 from vcache.layout import KVLayout
 
-# Bits are moved, never numbers: an integer view of the same width cannot touch a NaN, and every operator
-# knows it.
+# Bits are moved, never numbers: integers of the same width have no NaN to touch, and every operator knows
+# them.
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -23,8 +23,8 @@ class PagedKV:
     layers: one view per layer, of integers as wide as the elements. In the tokens form `[k, p, s, h, d]`; in
         the pages form `[p, …]`, the rest in the order of memory. Strides are the tensors' own.
     num_pages, page_tokens, num_slots: slot `i` is token `i % page_tokens` of page `i // page_tokens`.
-    page_axes: pages form: the order of a page's bytes, slowest first, such as `hs(kd)`; axes of length 1 are
-    left out.
+    page_axes: pages form: the order of a page's bytes, slowest first, such as `hs(kd)`; without axes of
+    length 1.
     device: where all of it lies.
     """
 
@@ -51,10 +51,10 @@ class PagedKV:
     ) -> PagedKV:
         """Describe `kvcaches`: one tensor per layer, in order, or one for all layers (its axes contain `l`).
 
-        `axes` spells the dimensions, see `vcache.kernels.axes`: vLLM's (2, B, N, H, D) is `kpshd`, (B, 2, N,
-        H, D) `pkshd`, their HND forms `kphsd` and `pkhsd`, (B, H, N, 2·D) `phs(kd)`, MLA's (B, N, D) `psd`.
-        Any strides will do. Raises ArgumentError, naming the tensor, where dtype, shape or device disagree
-        with the layout or each other.
+        `axes` spells the dimensions, see `vcache.kernels.axes`: vLLM's (2, B, N, H, D) is `kpshd`,
+        (B, 2, N, H, D) `pkshd`, their HND forms `kphsd` and `pkhsd`, (B, H, N, 2·D) `phs(kd)`, MLA's (B, N,
+        D) `psd`. Any strides will do. Raises ArgumentError, naming the tensor, where dtype, shape or device
+        disagree with the layout or each other.
         """
         groups = parse_axes(axes)
         if layout.form == "tokens":

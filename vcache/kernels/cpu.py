@@ -3,18 +3,17 @@
 What measuring showed, and what is done about it:
 
 - Pages in ascending order are one strided copy per layer. A ufunc that changes nothing (`numpy.positive` on
-  integers)
-  makes it as fast as one memcpy of everything: its vector loop keeps the hardware prefetcher running.
-  memmove, which slice assignment and torch's copy_ end in, is a quarter slower for pieces below 1 MiB.
+  integers) makes it as fast as one memcpy of everything: its vector loop keeps the hardware prefetcher
+  running. memmove, which slice assignment and torch's copy_ end in, is a quarter slower for pieces below 1
+  MiB.
 - Pages or slots in any other order are rows of a table. Gather is `take(out=…, mode="clip")`; any other mode
   copies through a temporary. Scatter is an indexed assignment whose value has the *other* signedness: as a
-  cast it runs such a vector loop and keeps all bits; between equal types it is one memmove per row, a third
-  slower for whole pages.
+  cast it runs such a vector loop and keeps all bits; between equal types it is one memmove per row, for whole
+  pages a fifth slower.
 - A row is as large as the inside of a page allows: the whole page, else all heads of a token, else one head.
 - Threads are ours, not OpenMP's (see `vcache.kernels.threads`), and divide chunks × layers. All copies
   release the GIL.
-- Tried and slower: torch's index_select (a fifth), index_copy_, index_put_, one memmove or one slice per
-  page.
+- Tried and slower: torch's index_select, index_copy_ and index_put_, one memmove or one slice per page.
 
 Layouts that are no such rows (head_size strided, layers of different strides, odd widths) go to the
 reference.

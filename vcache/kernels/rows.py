@@ -29,12 +29,13 @@ _RUN_PAGES_MIN: Final = 4
 class Tables:
     """One paged KV cache as numpy sees it, all layers alike, in words as wide as addresses and strides allow.
 
-    layers: per layer `[k, p, s, h, d]`, d contiguous. In the pages form an id is a page, k and s are 1, and h
-        and d are what the inside of a page folds into.
+    layers: per layer `[k, p, s, h, d]`, d contiguous. In the pages form an id is a page, k and s are 1, and
+        h and d are what the inside of a page folds into.
     flat: per layer the words from its first to its last, to be cut into rows.
-    strides: of k, p, s, h. slots: length of s.
-    page_words: of a page of one K/V part, 0 where it is not one row. row_words: of the rows of a token,
-        `token_rows` many, `row_offsets` apart from its start.
+    strides: of k, p, s, h, in words. slots: length of s.
+    page_words: length of the row that is a page of one K/V part; 0 where a page is no row.
+    row_words, row_offsets: length of the rows that a token of one K/V part consists of, and where in it they
+    begin.
     run_bytes: what is contiguous within a run of pages.
     """
 
@@ -62,9 +63,9 @@ class PageRun:
 class Rows:
     """Step: per K/V part the numbers of the rows that are the chunk's tokens `begin` … `end - 1`.
 
-    words: how long a row is.
-    Where `kept` is given, the rows of other tokens than those that it selects stand for nothing and are row
-    numbers of some slot only to be valid.
+    words: length of a row.
+    kept: selects the tokens that have a slot; None if all have. The others' row numbers are valid, but mean
+    nothing.
     """
 
     begin: int

@@ -1,7 +1,7 @@
 """`spread`: one small pool of threads per process for copies that release the GIL.
 
-Plain threads and not torch's own (OpenMP): where another process takes a core away, OpenMP's threads wait for
-each other in a busy loop after every operator, and hundreds of short copies then take seconds.
+Plain threads and not torch's own (OpenMP): where another process takes a core away, OpenMP's threads wait
+for each other in a busy loop after every operator, and hundreds of short copies then take seconds.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Tasks:
         self.changed = threading.Condition(threading.Lock())
 
     def work(self, helping: bool = True) -> None:
-        """Do tasks while there are any. Only a helper's are counted as running: the caller knows of its own."""
+        """Do tasks while there are any. Only helpers' tasks count as running: the caller knows of its own."""
         while True:
             with self.changed:
                 if self.next >= self.tasks or self.failure is not None:
@@ -85,8 +85,8 @@ def spread(task: Callable[[int], None], tasks: int, threads: int) -> None:
     """Call `task(0)` … `task(tasks - 1)`, each once, on up to `threads` threads, the caller's among them.
 
     Returns when all are done; raises what the first failing one raised, after which no further ones begin.
-    Either only when no task runs any more, for they use the caller's memory. Helpers that come too late find
-    nothing to do.
+    Either way no task runs any more, for they use the caller's memory. A helper that comes late finds nothing
+    to do.
     """
     work = _Tasks(task, tasks)
     if min(threads, tasks) > 1:

@@ -1,0 +1,166 @@
+"""The doctor's checks of segments: exported here, mapped by a second process, bytes compared both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from vcache.cli import present
+from vcache.cli.findings import Finding
+from vcache.cli.peer import COMPARED_BYTES, Peer, Probed, is_pattern, pattern
+from vcache.config import Config
+from vcache.errors import SegmentError
+from vcache.limits import MIB
+from vcache.segment import DATA_OFFSET, Segment, allocate
+
+_SHM_BYTES: Final = 64 * MIB
+_CUDA_BYTES: Final = 258 * MIB
+_MEASURED_SHARE: Final = 0.9
+"""Of a segment, for the bandwidth: what is left after the bytes that are compared."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One GPU's memory read by a process on another. error: empty if the bytes were right both ways."""
+
+    holder: str
+    reader: str
+    peer_access: bool
+    error: str
+    gbytes_per_s: float
+
+
+def check_shared_memory(config: Config) -> Iterator[Finding]:
+    """A segment as the pool uses it, small, between this process and a second one."""
+    with Peer() as peer, allocate("shm:0", _SHM_BYTES, numa=config.segment.numa) as segment:
+        probed = _exchange(peer, segment, own_device=None)
+    where = "" if config.segment.numa is None else f" on NUMA node {config.segment.numa}"
+    if probed.error:
+        yield Finding(
+            check="shared memory",
+            verdict="failed",
+            found=f"a segment{where} mapped by a second process: {probed.error}",
+            advice="a container or security module interferes with memfds or SCM_RIGHTS: compare with one without",
+        )
+        return
+    yield Finding(
+        check="shared memory",
+        verdict="ok",
+        found=f"a segment{where} mapped by a second process: bytes right both ways, {probed.gbytes_per_s:.1f} GB/s",
+        facts={"gbytes_per_s": probed.gbytes_per_s},
+    )
+
+
+def _exchange(peer: Peer, segment: Segment, *, own_device: str | None, seed: int = 1) -> Probed:
+    """Write, have the peer compare and write, compare."""
+    borrow = segment.borrow()
+    assert borrow is not None, "our own segment, which nobody closed"
+    with borrow:
+        view = segment.view(DATA_OFFSET, COMPARED_BYTES)
+        view.copy_(pattern(seed))
+        if view.is_cuda:
+            import torch
+
+            torch.cuda.synchronize(view.device)
+        measured = int(segment.size * _MEASURED_SHARE)
+        probed = peer.probe(segment, seed, own_device=own_device, measured_bytes=measured)
+        if not probed.error and not is_pattern(view, seed + 1):
+            return Probed("this process reads other bytes than the second one wrote")
+    return probed
+
+
+def check_gpus(config: Config) -> Iterator[Finding]:
+    """Each GPU exported by CUDA IPC and read by a process on every GPU, with bandwidth; skipped where none is."""
+    from vcache.segment.gpu import cuda_runtime, device_count, gpu_uuid
+
+    try:
+        runtime = cuda_runtime()
+    except SegmentError as error:
+        is_wanted = config.device.startswith("cuda")
+        advice = f"device is {config.device}: mend this, or set device to shm:0" if is_wanted else ""
+        yield Finding(
+            check="GPU", verdict="failed" if is_wanted else "skipped", found=str(error), advice=advice
+        )
+        return
+    count = device_count()
+    for ordinal in range(count):
+        name = bytes(runtime.getDeviceProperties(ordinal)["name"]).rstrip(b"\0").decode()
+        yield Finding(
+            check=f"cuda:{ordinal}",
+            verdict="ok",
+            found=f"{name}, {gpu_uuid(ordinal)}",
+            facts={"uuid": gpu_uuid(ordinal), "name": name},
+        )
+    pairs = list(_pairs(count))
+    yield from _judge(pairs)
+
+
+def _pairs(count: int) -> Iterator[Pair]:
+    """Every pair, a GPU with itself (two processes on one) included."""
+    from vcache.segment.gpu import cuda_runtime
+
+    runtime = cuda_runtime()
+    with Peer() as peer:
+        for holder in range(count):
+            try:
+                segment = allocate(f"cuda:{holder}", _CUDA_BYTES)
+            except SegmentError as error:
+                yield Pair(f"cuda:{holder}", f"cuda:{holder}", False, str(error), 0.0)
+                continue
+            with segment:
+                for reader in range(count):
+                    access = holder == reader or bool(runtime.deviceCanAccessPeer(reader, holder))
+                    seed = 1 + 2 * (holder * count + reader)
+                    probed = _exchange(peer, segment, own_device=f"cuda:{reader}", seed=seed)
+                    names = f"cuda:{holder}", f"cuda:{reader}"
+                    yield Pair(*names, access, probed.error, probed.gbytes_per_s)
+
+
+def _judge(pairs: list[Pair]) -> Iterator[Finding]:
+    """One finding of all pairs, and one of each that failed."""
+    facts: dict[str, object] = {"pairs": [dict(vars(pair)) for pair in pairs]}
+    for pair in pairs:
+        if pair.error:
+            yield Finding(
+                check="GPU memory",
+                verdict="failed",
+                found=f"{pair.holder} read from {pair.reader}: {pair.error}",
+                advice="see `nvidia-smi topo -p2p r`; MIG has no IPC; containers may need --ipc=host and --pid=host",
+            )
+    blind = [f"{pair.holder} from {pair.reader}" for pair in pairs if not pair.peer_access and not pair.error]
+    if blind:
+        yield Finding(
+            check="peer access",
+            verdict="warning",
+            found=f"none for {', '.join(blind)}: copies go through host memory",
+            advice="see `nvidia-smi topo -p2p r` and -m; ACS or an IOMMU in the way of PCIe, or no NVLink",
+        )
+    good = [pair.gbytes_per_s for pair in pairs if not pair.error]
+    if good:
+        yield Finding(
+            check="GPU memory",
+            verdict="ok",
+            found=f"exported and read by a second process: {len(good)} of {len(pairs)} pairs, "
+            f"{min(good):.0f} to {max(good):.0f} GB/s",
+            facts=facts,
+        )
+
+
+def pair_table(pairs: list[dict[str, object]]) -> object:
+    """GB/s by holder (lines) and reader (columns), for people."""
+    readers = sorted({str(pair["reader"]) for pair in pairs}, key=_ordinal)
+    table = present.table("GB/s read by a process on", "from", *(f">{reader}" for reader in readers))
+    for holder in sorted({str(pair["holder"]) for pair in pairs}, key=_ordinal):
+        of = {str(pair["reader"]): pair for pair in pairs if pair["holder"] == holder}
+        cells = [
+            "failed" if of[each]["error"] else f"{of[each]['gbytes_per_s']:.0f}"
+            for each in readers
+            if each in of
+        ]
+        present.add_row(table, [holder, *cells])
+    return table
+
+
+def _ordinal(device: str) -> int:
+    return int(device.rpartition(":")[2])
