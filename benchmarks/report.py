@@ -36,12 +36,17 @@ class Figure:
 
 def at_most(name: str, value: float, bound: float, unit: str) -> Figure:
     """A figure that is to be at most `bound`."""
-    return Figure(name, f"{value:,.2f} {unit}", f"≤ {bound:,g} {unit}", value <= bound)
+    return Figure(name, f"{number(value)} {unit}", f"≤ {bound:,} {unit}", value <= bound)
 
 
 def at_least(name: str, value: float, bound: float, unit: str) -> Figure:
     """A figure that is to be at least `bound`."""
-    return Figure(name, f"{value:,.2f} {unit}", f"≥ {bound:,g} {unit}", value >= bound)
+    return Figure(name, f"{number(value)} {unit}", f"≥ {bound:,} {unit}", value >= bound)
+
+
+def number(value: float) -> str:
+    """A value with as many decimals as mean something."""
+    return f"{value:,.0f}" if value >= 1_000 else f"{value:,.2f}"
 
 
 def interleaved(contestants: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:

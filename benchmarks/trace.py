@@ -1,10 +1,12 @@
 """What a request trace hits in the pool, by pool size and policy, beside an unlimited pool and the optimum.
 
-    python benchmarks/trace.py TRACE.jsonl [--blocks 2000,8000,30000] [--policy lru,s3fifo] [--json]
+    python benchmarks/trace.py TRACE.jsonl [--blocks 2000,8000,30000] [--policy lru,s3fifo] [--limit N]
+                               [--no-server] [--json]
 
 TRACE is in the format that Mooncake published with its FAST '25 paper: one JSON object a line with
 `timestamp`, `input_length`, `output_length` and `hash_ids`, the chain of the prompt's 512-token blocks. What
-counts as a hit is said in `trace_sim.py`.
+counts as a hit is said in `trace_sim.py`. Every policy at every size is simulated and replayed through a real
+server (`trace_replay.py`), which must hit the very same blocks: otherwise the exit code is 1.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -25,6 +28,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.report import machine
+from benchmarks.trace_replay import replay_through_server
 from benchmarks.trace_sim import (
     BLOCK_TOKENS,
     BeladyPool,
@@ -37,18 +42,19 @@ from benchmarks.trace_sim import (
     replay,
 )
 from metadata_server.eviction import PolicyName, make_policy
-from vcache.errors import ArgumentError
+from vcache.errors import VCacheError
 
 BLOCKS_DEFAULT = "2000,8000,30000"
 
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the table: a pool, its size in blocks (None: unlimited) and what it hit."""
+    """One line of the table: a pool, its size in blocks (None: unlimited) what it hit, simulated or real."""
 
     pool: str
     blocks: int | None
     replay: Replay
+    is_simulated: bool = True
 
     def as_json(self) -> dict[str, object]:
         rates = {
@@ -56,7 +62,9 @@ class Result:
             "token_rate": round(self.replay.token_rate, 4),
             "requests_per_s": round(self.replay.requests_per_s),
         }
-        return {"pool": self.pool, "pool_blocks": self.blocks, **rates, **asdict(self.replay)}
+        through = "simulation" if self.is_simulated else "server"
+        pool = {"pool": self.pool, "pool_blocks": self.blocks, "through": through}
+        return {**pool, **rates, **asdict(self.replay)}
 
 
 def simulated(
@@ -75,15 +83,45 @@ def simulated(
     yield result("unlimited", None, UnlimitedPool())
 
 
+def through_server(
+    requests: Sequence[Request],
+    sizes: Sequence[int],
+    policies: Sequence[PolicyName],
+    block_tokens: int,
+    progress: Progress,
+) -> Iterator[Result]:
+    """Every policy at every size, through a server of its own."""
+    for policy in policies:
+        for blocks in sizes:
+            name = f"server, {policy}, {blocks:,} blocks"
+            track = partial(progress.track, total=len(requests), description=name)
+            yield Result(
+                policy, blocks, replay_through_server(requests, blocks, policy, block_tokens, track), False
+            )
+
+
+def differences(results: Sequence[Result]) -> list[str]:
+    """What the server and the simulation do not agree on, in words; empty if they agree."""
+    expected = {(each.pool, each.blocks): each.replay.hit_blocks for each in results if each.is_simulated}
+    return [
+        f"{each.pool}, {each.blocks:,} blocks: the server hit {each.replay.hit_blocks:,}, "
+        f"the simulation {expected[each.pool, each.blocks]:,}"
+        for each in results
+        if not each.is_simulated and each.replay.hit_blocks != expected[each.pool, each.blocks]
+    ]
+
+
 def table(results: Iterable[Result], title: str) -> Table:
     """The results for people: a row for each pool and size."""
     shown = Table(title=title, title_justify="left")
     shown.add_column("pool")
+    shown.add_column("through")
     for heading in ("blocks", "hit (blocks)", "hit (tokens)", "requests/s"):
         shown.add_column(heading, justify="right")
     for result in results:
         shown.add_row(
             result.pool,
+            "simulation" if result.is_simulated else "server",
             f"{result.blocks:,}" if result.blocks is not None else "∞",
             f"{result.replay.block_rate:.3f}",
             f"{result.replay.token_rate:.3f}",
@@ -100,11 +138,15 @@ def sizes_of(text: str) -> list[int]:
     return [int(size) for size in sizes]
 
 
-def tokens_of(text: str) -> int:
-    """A number of tokens; for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number of tokens of at least 1")
-    return int(text)
+def number_of(what: str) -> Callable[[str], int]:
+    """Parses a positive number of these; for argparse."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number of {what} of at least 1")
+        return int(text)
+
+    return parse
 
 
 def policies_of(text: str) -> list[str]:
@@ -122,29 +164,44 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("file", type=Path, help="the trace: JSON lines in Mooncake's FAST '25 format")
     parser.add_argument("--blocks", type=sizes_of, default=sizes_of(BLOCKS_DEFAULT), help="pool sizes")
     parser.add_argument("--policy", type=policies_of, default=list(get_args(PolicyName)), help="lru,s3fifo")
-    parser.add_argument("--block-tokens", type=tokens_of, default=BLOCK_TOKENS, help="tokens of a block")
+    parser.add_argument(
+        "--block-tokens", type=number_of("tokens"), default=BLOCK_TOKENS, help="tokens of a block"
+    )
+    parser.add_argument("--limit", type=number_of("requests"), help="only that many requests, from the start")
+    parser.add_argument("--no-server", action="store_true", help="only simulate: seconds instead of minutes")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0, or 2 if the trace cannot be read."""
+    """Run the command line; 0, 1 if server and simulation differ, 2 if it could not be measured."""
     args = arguments(argv)
     try:
-        requests = load_trace(args.file)
-    except (OSError, ArgumentError) as error:
+        requests = load_trace(args.file)[: args.limit]
+        results = _measured(args, requests)
+    except (OSError, VCacheError) as error:
         print(f"trace.py: {error}", file=sys.stderr)
         return 2
-    steps = len(args.blocks) * (len(args.policy) + 1) + 1
-    running = simulated(requests, args.blocks, args.policy, args.block_tokens)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        results = list(progress.track(running, total=steps, description="simulating"))
+    wrong = differences(results)
     if args.json:
-        print(json.dumps({"trace": args.file.name, "results": [r.as_json() for r in results]}, indent=2))
+        shown = {"trace": args.file.name, "machine": machine(), "results": [r.as_json() for r in results]}
+        print(json.dumps(shown, indent=2))
     else:
-        title = f"{args.file.name}: {len(requests):,} requests, simulated"
-        Console().print(table(results, title))
-    return 0
+        Console().print(table(results, f"{args.file.name}: {len(requests):,} requests"))
+        print(machine())
+    for line in wrong:
+        print(f"trace.py: {line}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _measured(args: argparse.Namespace, requests: Sequence[Request]) -> list[Result]:
+    points = requests, args.blocks, args.policy, args.block_tokens
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        steps = len(args.blocks) * (len(args.policy) + 1) + 1
+        results = list(progress.track(simulated(*points), total=steps, description="simulating"))
+        if not args.no_server:
+            results += through_server(*points, progress)
+    return results
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ The convention, which the real pool follows too (the figures in tests/test_trace
   no ids until it is part of the next turn's prompt.
 - The lookup touches the blocks that it hit, tail first, so that the prefix's head ends as the most recent.
   Then the store makes room for all missing blocks in one eviction, which spares the request's own blocks,
-  and inserts them, tail first too. Blocks behind a gap that are there already are neither hits, nor touched,
-  nor inserted.
+  inserts them, tail first too, and refreshes those that were there before it, so that the head stays the most
+  recent: a use where the order is by last use, none where it is not. Blocks behind a gap that are there
+  already are no hits.
 - Of a request longer than the pool the head is stored, as much as fits.
 """
 
@@ -156,16 +157,17 @@ class SimulatedPool:
         return len(prefix)
 
     def store(self, keys: Sequence[bytes]) -> int:
+        present = [self._extents[key] for key in keys if key in self._extents]
         missing = [key for key in dict.fromkeys(keys) if key not in self._extents]
         if len(missing) > len(self._free):
-            own = {self._extents[key] for key in keys if key in self._extents}
-            self._make_room(len(missing) - len(self._free), own)
+            self._make_room(len(missing) - len(self._free), set(present))
         fitting = missing[: len(self._free)]
         for key in reversed(fitting):
             extent = self._free.pop()
             self._extents[key] = extent
             self._keys[extent] = key
             self._policy.insert(extent, key)
+        self._policy.refresh(present[::-1])
         return len(fitting)
 
     def _make_room(self, count: int, own: set[int]) -> None:

@@ -9,7 +9,8 @@ smaller than one extent is slack.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
@@ -96,6 +97,7 @@ class Allocator:
         self.rooms: dict[int, SegmentRoom] = {}
         self.slabs: dict[int, Slab] = {}
         self._slab_of: list[Slab | None] = []
+        self._slabs_of_size: dict[int, int] = {}
         self._unused: list[int] = []
         self._slab_numbers: list[int] = []
         self.table_full = 0
@@ -116,9 +118,9 @@ class Allocator:
             self._retire(slab)
         return gone
 
-    def sizes(self) -> set[int]:
+    def sizes(self) -> Set[int]:
         """The extent sizes into which slabs are cut now."""
-        return {slab.size for slab in self.slabs.values()}
+        return self._slabs_of_size.keys()
 
     # -- extents
 
@@ -180,7 +182,9 @@ class Allocator:
                 if end - begin >= size:
                     for slab in inside:
                         self.dissolve(slab)
-                    return self._cut_at(room, begin, end, size)
+                    cut = self._cut_at(room, begin, end, size)
+                    if cut is not None:
+                        return cut  # otherwise the table is full: a spare slab's records will do
         return None
 
     def _cut_at(self, room: SegmentRoom, begin: int, end: int, size: int) -> Slab | None:
@@ -202,6 +206,7 @@ class Allocator:
         number = self._slab_numbers.pop() if self._slab_numbers else len(self.slabs)
         slab = Slab(number, segment, offset, size, indices, [])
         self.slabs[number] = slab
+        self._slabs_of_size[size] = self._slabs_of_size.get(size, 0) + 1
         room = self.rooms[segment]
         insort(room.slabs, slab)
         room.used_bytes += size * len(indices)
@@ -226,7 +231,7 @@ class Allocator:
         if free:
             self._close(slab)
         room.slabs.remove(slab)
-        room.used_bytes -= slab.size * len(slab.indices)
+        room.used_bytes -= slab.size * (len(slab.indices) - len(free))
         self._forget(slab)
         parts: list[Slab] = []
         for _, run in groupby(zip(apart, slab.indices, strict=True), key=itemgetter(0)):
@@ -248,6 +253,9 @@ class Allocator:
     def _forget(self, slab: Slab) -> None:
         del self.slabs[slab.number]
         self._slab_numbers.append(slab.number)
+        self._slabs_of_size[slab.size] -= 1
+        if not self._slabs_of_size[slab.size]:
+            del self._slabs_of_size[slab.size]
 
     def _close(self, slab: Slab) -> None:
         slabs = self.rooms[slab.segment].open[slab.size]
@@ -344,6 +352,7 @@ class Allocator:
             assert used == room.used_bytes, (
                 f"segment {room.segment}: {room.used_bytes} bytes used, counted {used}"
             )
+        assert self._slabs_of_size == Counter(slab.size for slab in self.slabs.values())
         assert not seen & set(self._unused) and len(set(self._unused)) == len(self._unused)
         assert len(seen) + len(self._unused) == len(self._slab_of), "a record is neither in a slab nor unused"
 

@@ -9,6 +9,7 @@ it (`metadata_server.recovery`).
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from vcache.protocol import EXTENT, HANDLE, ErrorCode, Outcome
 from vcache.table import ExtentTable, State
 
 NS = 1_000_000_000
+_EXPIRIES_SPARE = 1_024
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Directory:
         self._orders: dict[int, EvictionPolicy] = {}
         self._expiries: list[tuple[int, int, int]] = []
         self._layouts: dict[bytes, int] = {}
+        self._layouts_max = limits.LAYOUTS_MAX
+        self._layout_numbers = itertools.count(1)
         self._layout_of = np.zeros(table.capacity, np.int32)
         self._slab_of = np.zeros(table.capacity, np.int32)
         self._slab_used_ns: dict[int, int] = {}
@@ -171,7 +175,7 @@ class Directory:
     # ------------------------------------------------------------------------------------------- writing
 
     def _reserve(self, mine: Holdings, rid: int, ask: protocol.Reserve, now_ns: int) -> protocol.Reply:
-        if len(ask.layout) != limits.FINGERPRINT_BYTES or not 0 < ask.size < 1 << 32:
+        if len(ask.layout) != limits.FINGERPRINT_BYTES or not 0 < ask.size <= limits.CHUNK_BYTES_MAX:
             raise Refusal(
                 ErrorCode.ARGUMENT, f"reserve: size {ask.size} or a layout of {len(ask.layout)} bytes"
             )
@@ -184,12 +188,15 @@ class Directory:
                 ErrorCode.LIMIT, f"reserve: {wanted} extents wanted, this session may reserve {room} more"
             )
         present = [index for index in there if index is not None]
-        self._use(np.array(present[::-1], np.intp), now_ns, counts=False)
+        indices = np.array(present[::-1], np.intp)
+        self._use(indices, now_ns, counts=False)
         granted = self._allocate(wanted, extent_size(ask.size), ask.near, set(present))
         for index in granted:
             self.table.reserve(index, mine.session, rid, ask.layout)
             mine.reservations[index] = rid
-        self._layout_of[granted] = self._layouts.setdefault(ask.layout, len(self._layouts) + 1)
+        if granted:
+            self._layout_of[granted] = self._layout_number(ask.layout)
+            mine.remember_head(rid, indices, self.rights.generations(indices))
         self.counters["reserved"] += len(granted)
         self.counters["unfitted"] += wanted - len(granted)
         flags = bytes(index is not None for index in there)
@@ -203,7 +210,11 @@ class Directory:
             raise Refusal(
                 ErrorCode.ARGUMENT, "commit: handles, keys and lengths differ in number, or no namespace"
             )
-        ttl_ms = self.policy.default_ttl_ms if ask.ttl_ms < 0 else ask.ttl_ms
+        if ask.ttl_ms > limits.TTL_MS_MAX:
+            raise Refusal(
+                ErrorCode.ARGUMENT, f"commit: ttl_ms {ask.ttl_ms}, wanted at most {limits.TTL_MS_MAX}"
+            )
+        ttl_ms = min(self.policy.default_ttl_ms, limits.TTL_MS_MAX) if ask.ttl_ms < 0 else ask.ttl_ms
         expiry_ns = now_ns + ttl_ms * 1_000_000 if ttl_ms else 0
         outcomes = bytearray(len(keys))
         # Tail first, so that the head of a prefix is the most recent.
@@ -215,12 +226,17 @@ class Directory:
                 raise Refusal(
                     ErrorCode.ARGUMENT, f"commit: lengths[{at}] is {lengths[at]}, more than the extent's room"
                 )
+        rids = {mine.reservations.get(index, 0) for index in handles["index"].tolist()}
         for at in range(len(keys) - 1, -1, -1):
             if outcomes[at] == Outcome.COMMITTED:
                 index = int(handles["index"][at])
                 outcomes[at] = self._bind(
                     mine, index, keys[at], ask, lengths[at], expiry_ns, now_ns + len(keys) - at
                 )
+        for rid in rids & mine.heads.keys():
+            indices, generations = mine.heads[rid]
+            same = self.rights.generations(indices) == generations
+            self._use(indices[same], now_ns + len(keys) + 1, counts=False)
         return protocol.Committed(bytes(outcomes))
 
     def _bind(
@@ -257,10 +273,23 @@ class Directory:
         self._slab_used_ns[slab.number] = max(used_ns, self._slab_used_ns.get(slab.number, 0))
         if expiry_ns:
             heapq.heappush(self._expiries, (expiry_ns, index, self.table.generation(index)))
+            if len(self._expiries) > 2 * len(self.chunks) + _EXPIRIES_SPARE:
+                self._expiries = [each for each in self._expiries if self._is(*each[1:], State.COMMITTED)]
+                heapq.heapify(self._expiries)
 
     def set_layout(self, index: int, layout: bytes) -> None:
         """After a restart: remember under which layout an extent was reserved."""
-        self._layout_of[index] = self._layouts.setdefault(layout, len(self._layouts) + 1)
+        self._layout_of[index] = self._layout_number(layout)
+
+    def _layout_number(self, layout: bytes) -> int:
+        number = self._layouts.get(layout)
+        if number is None:
+            if len(self._layouts) >= self._layouts_max:
+                used = set(self._layout_of[self.table.in_use()].tolist())
+                self._layouts = {each: at for each, at in self._layouts.items() if at in used}
+                self._layouts_max = max(limits.LAYOUTS_MAX, 2 * len(self._layouts))
+            number = self._layouts[layout] = next(self._layout_numbers)
+        return number
 
     def _elsewhere(self, key: bytes, index: int) -> bool:
         """Whether no replica of the key is in the segment that this extent is in."""
@@ -324,6 +353,10 @@ class Directory:
             raise Refusal(
                 ErrorCode.LIMIT, f"acquire: this session holds {limits.RIGHTS_PER_SESSION_MAX} rights"
             )
+        if rid in mine.leases or rid in mine.pins:
+            raise Refusal(
+                ErrorCode.STALE, f"acquire: request {rid} was granted, its answer is not kept any more"
+            )
         keys = _keys(ask.keys)
         if ask.pin and len(set(keys)) != len(keys):
             raise Refusal(ErrorCode.ARGUMENT, "acquire: keys: got one twice, wanted distinct keys to pin")
@@ -351,7 +384,8 @@ class Directory:
 
     def _nearest(self, index: int, near: int) -> int:
         for replica in self.replicas.get(self.table.key(index), ()):
-            if self.table.segment[replica] == near and self.table.segment[index] != near:
+            same_layout = self._layout_of[replica] == self._layout_of[index]
+            if self.table.segment[replica] == near and self.table.segment[index] != near and same_layout:
                 return replica
         return index
 
@@ -359,7 +393,7 @@ class Directory:
         """The leading ones that this session may still pin; what does not fit is a miss."""
         sizes = np.cumsum(self.table.records["size"][indices].astype(np.int64))
         fits = int(np.searchsorted(sizes, self.policy.pinned_bytes_max - mine.pinned_bytes, "right"))
-        fits = min(fits, limits.PINNED_EXTENTS_PER_SESSION_MAX - mine.pinned_count)
+        fits = max(0, min(fits, limits.PINNED_EXTENTS_PER_SESSION_MAX - mine.pinned_count))
         if fits < len(indices):
             self.counters["pin_quota_misses"] += len(indices) - fits
             there = np.flatnonzero(np.frombuffer(flags, np.uint8))
@@ -449,7 +483,7 @@ class Directory:
 
     def _colder_slabs(self, count: int, size: int, limit_ns: int | None, keep: set[int]) -> list[Slab]:
         """Slabs of other sizes to empty for this size: colder than `limit_ns`, or as cold as there are."""
-        if len(self._orders) == 1:
+        if self.allocator.sizes() <= {size}:
             return []
         held = {
             slab: self._held_in(slab, keep)
@@ -460,9 +494,12 @@ class Directory:
         def may_empty(slab: Slab) -> bool:
             return slab in held and not held[slab].any()
 
-        found = self.allocator.windows(count, size, may_empty, self._coldness)
-        if found or not held:
-            return found
+        if not held:
+            return []
+        if limit_ns is not None:  # as long as there are others, slabs stay whole
+            found = self.allocator.windows(count, size, may_empty, self._coldness)
+            if found:
+                return found
         for slab, flags in list(held.items()):
             if flags.any() and not flags.all():
                 held.update({part: self._held_in(part, keep) for part in self._split(slab, flags)})
@@ -481,7 +518,7 @@ class Directory:
         return 0 if slab.spare else self._slab_used_ns.get(slab.number, 0)
 
     def _held_in(self, slab: Slab, keep: set[int]) -> NDArray[np.bool_]:
-        """Of each extent of the slab, whether it must stay: somebody may write or read it, or it is in `keep`."""
+        """Of each extent, whether it must stay: somebody may write or read it, or it is in `keep`."""
         indices = slab.indices
         states = self.table.word[indices] >> np.uint64(28) & np.uint64(0xF)
         held: NDArray[np.bool_] = np.isin(states, (State.RESERVED, State.ORPHANED))
@@ -657,7 +694,18 @@ class Directory:
         bound = [index for key in self.chunks for index in self._replicas_of(key)]
         assert len(bound) == len(set(bound)), "an extent is bound twice"
         assert set(self.replicas) <= set(self.chunks)
-        reserved = {index: each for each in self.rights.sessions.values() for index in each.reservations}
+        reserved = {
+            index: (each.session, rid)
+            for each in self.rights.sessions.values()
+            for index, rid in each.reservations.items()
+        }
+        assert len(reserved) == sum(len(each.reservations) for each in self.rights.sessions.values()), (
+            "an extent is reserved twice"
+        )
+        for index, owner in reserved.items():
+            record = self.table.records[index]
+            assert (record["session"], record["rid"]) == owner, f"extent {index} is another reservation"
+            assert self.table.state(index) is State.RESERVED and self.allocator.in_slab(index)
         for slab in self.allocator.slabs.values():
             for index in slab.indices:
                 state = self.table.state(index)

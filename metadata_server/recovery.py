@@ -31,6 +31,7 @@ def restore(table: ExtentTable, policy: Policy) -> Directory:
     states = _states(table, indices)
     used = int(indices[-1]) + 1 if len(indices) else 0
     directory.allocator.forget_records(used, set(range(used)) - set(indices[states != State.EMPTY].tolist()))
+    table.pins[indices[(states != State.COMMITTED) & (states != State.ORPHANED)]] = 0
     _find_slabs(directory, indices[states != State.EMPTY])
     _take_up_extents(directory)
     return directory
@@ -43,6 +44,8 @@ def _states(table: ExtentTable, indices: NDArray[np.intp]) -> NDArray[np.uint64]
 
 def _find_slabs(directory: Directory, indices: NDArray[np.intp]) -> None:
     """Group the extents into slabs again: runs of equal size, side by side, no longer than a slab is cut."""
+    if not len(indices):
+        return
     records = directory.table.records
     columns = [records[name][indices].astype(np.int64) for name in ("segment", "offset", "size")]
     order = np.lexsort((columns[1], columns[0]))
@@ -53,8 +56,8 @@ def _find_slabs(directory: Directory, indices: NDArray[np.intp]) -> None:
     if (same & (end[:-1] > offset[1:])).any() or (size <= 0).any():
         raise TableDamaged("extents overlap, or one has no size")
     beside = same & (end[:-1] == offset[1:]) & (size[1:] == size[:-1])
-    starts = np.flatnonzero(np.concatenate(([True], ~beside)))[: len(indices)].tolist()
-    for first, last in zip(starts, [*starts[1:], len(indices)], strict=False):
+    starts = np.flatnonzero(np.concatenate(([True], ~beside))).tolist()
+    for first, last in zip(starts, [*starts[1:], len(indices)], strict=True):
         place = int(segment[first]), int(offset[first]), int(size[first])
         _adopt(directory, indices[first:last].tolist(), *place)
 

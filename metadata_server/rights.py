@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vcache.limits import HEADS_PER_SESSION_MAX
 from vcache.protocol import HANDLE, Declare, unpack
 from vcache.table import ExtentTable
 
@@ -25,16 +26,26 @@ Indices = NDArray[np.intp]
 
 @dataclass(eq=False)
 class Holdings:
-    """What one session holds. reservations: extent → rid; pins: rid → extent → generation."""
+    """What one session holds. reservations: extent → rid; pins: rid → extent → generation; heads: rid →
+    extents that a reserve found there already.
+    """
 
     session: int
     reservations: dict[int, int] = field(default_factory=dict)
     leases: dict[int, Indices] = field(default_factory=dict)
     pins: dict[int, dict[int, int]] = field(default_factory=dict)
+    heads: dict[int, tuple[Indices, NDArray[np.uint64]]] = field(default_factory=dict)
     pinned_bytes: int = 0
     pinned_count: int = 0
     settled: int = 0
     awaited: bool = False
+
+    def remember_head(self, rid: int, indices: Indices, generations: NDArray[np.uint64]) -> None:
+        """What request `rid` found there already, tail first: to be more recent than what it will commit."""
+        if len(indices):
+            self.heads[rid] = indices, generations
+            if len(self.heads) > HEADS_PER_SESSION_MAX:
+                del self.heads[next(iter(self.heads))]
 
 
 class Rights:
@@ -105,6 +116,8 @@ class Rights:
     def _unpin_one(self, holdings: Holdings, index: int) -> bool:
         holdings.pinned_bytes -= int(self._table.records["size"][index])
         holdings.pinned_count -= 1
+        if index in self.inherited:
+            return False  # others may hold it who have not said so yet; counted anew when all have
         left = int(self._table.pins[index]) - 1
         self._table.pins[index] = left
         return left == 0

@@ -11,6 +11,7 @@ import argparse
 import gc
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -99,6 +100,7 @@ class Server:
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         watched = (self._listener.fileno(), self._sessions.epoll.fileno(), self._wake_read)
         self._doorbell = doorbell.Doorbell(self._context, self._router, watched)
+        self._bell_waits = False
         self._busy_ns = time.monotonic_ns()
         chunks = len(directory.chunks)
         log.info(Line("ready", pid=os.getpid(), runtime_dir=self._runtime.path, warm=warm, chunks=chunks))
@@ -111,7 +113,10 @@ class Server:
         self._router = self._context.socket(zmq.ROUTER)
         self._router.setsockopt(zmq.LINGER, 200)
         self._router.setsockopt(zmq.RCVTIMEO, TICK_MS)
-        self._router.setsockopt(zmq.MAXMSGSIZE, 16 * limits.FRAME_BYTES_MAX)
+        self._router.setsockopt(zmq.RCVHWM, limits.FRAMES_WAITING_MAX)
+        self._router.setsockopt(zmq.SNDHWM, limits.FRAMES_WAITING_MAX)
+        # A frame that is somewhat too large is answered, a larger one costs the connection.
+        self._router.setsockopt(zmq.MAXMSGSIZE, 2 * limits.FRAME_BYTES_MAX)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         mask = os.umask(0o777 & ~self._runtime.file_mode)
         try:
@@ -130,7 +135,7 @@ class Server:
         hold.
         """
         directory = restore(self._table, self._policy)
-        directory.await_sessions(self._requests.sessions)
+        directory.await_sessions(self._sessions.living() | set(self._requests.sessions))
         return directory
 
     def drain(self) -> None:
@@ -147,24 +152,27 @@ class Server:
             try:
                 sender, *frames = self._router.recv_multipart()
             except zmq.Again:
-                now_ns = time.monotonic_ns()
-            else:
-                now_ns = time.monotonic_ns()
-                self._receive(sender, frames, now_ns)
+                frames = []
+            now_ns = time.monotonic_ns()
+            # Before the request: a server that slept must not grant anything if it was replaced meanwhile.
             if now_ns >= next_tick_ns:
                 next_tick_ns = now_ns + TICK_MS * 1_000_000
                 self._tick(now_ns)
                 if self._requests.usurped:
                     return EXIT_USURPED
+            if frames:
+                self._receive(sender, frames, now_ns)
         self._answer_the_rest()
         log.info(Line("ended", chunks=len(self._requests.directory.chunks)))
         return EXIT_OK
 
     def _receive(self, sender: bytes, frames: list[bytes], now_ns: int) -> None:
         if sender == doorbell.SENDER:
-            self._accept()
+            all_accepted = self._accept()
             self._sessions.dispatch()
-            self._doorbell.answered()
+            if all_accepted:
+                self._doorbell.answered()
+            self._bell_waits = not all_accepted
             return
         reply = self._requests.answer(frames, now_ns)
         if reply is not None:
@@ -183,19 +191,26 @@ class Server:
         except zmq.Again:
             return
 
-    def _accept(self) -> None:
+    def _accept(self) -> bool:
+        """Take up who waits at the session socket; False if some have to wait: until the next tick, or we would try
+        for ever.
+        """
         try:
             while True:
                 sock, _ = self._listener.accept()
                 self._sessions.accept(Connection(sock))
         except BlockingIOError:
-            return
+            return True
         except OSError as error:
             log.warning(Line("a connection could not be accepted", error=str(error)))
+            return False
 
     def _tick(self, now_ns: int) -> None:
         self._requests.directory.tick(now_ns)
         self._sessions.bury_awaited()
+        if self._bell_waits:
+            self._bell_waits = False
+            self._doorbell.answered()
         if self._sessions.peers or self._sessions.awaited():
             self._busy_ns = now_ns
         elif self._idle_exit_s and now_ns - self._busy_ns > self._idle_exit_s * 1e9:
@@ -266,6 +281,14 @@ def _table_and_directory(
     return table, Directory(table, policy), False
 
 
+def _allow_descriptors() -> None:
+    """Raise the soft limit of open files to what SESSIONS_MAX sessions need, as far as the hard limit lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4 * limits.SESSIONS_MAX if hard == resource.RLIM_INFINITY else min(4 * limits.SESSIONS_MAX, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vcache-metadata",
@@ -324,6 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logs.configure(start.config.log.level, start.config.log.format, start.config.log.file)
         # A client that was bound to one core started us: its limits are not ours.
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
+        _allow_descriptors()
         server = Server(start.config, idle_exit_s=start.idle_exit_s)
     except ConfigError as error:
         print(f"vcache-metadata: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What the client's tests share: a real server in a directory of its own, clients, and chunks of known bytes."""
+"""What the client's tests share: a real server in its own directory, clients, chunks of known bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ import numpy as np
 from vcache.client import Client, Grant
 from vcache.config import Config, load
 from vcache.errors import ServerError, Unavailable
-from vcache.limits import MIB
 from vcache.protocol import Outcome
 from vcache.segment import Segment, allocate
 
@@ -112,7 +111,7 @@ def pool_in_memory() -> Iterator[Pool]:
 
 
 def store(client: Client, numbers: list[int]) -> int:
-    """Store the chunks of these numbers as far as they are not there; how many were committed by this call."""
+    """Store the chunks of these numbers that are not there; how many this call committed."""
     keys = [key(number) for number in numbers]
     reserved = client.reserve(keys, layout=LAYOUT, size=SIZE)
     missing = [n for n, there in zip(numbers, reserved.present, strict=True) if not there][
@@ -133,7 +132,7 @@ def store(client: Client, numbers: list[int]) -> int:
 
 
 def read(client: Client, numbers: list[int], *, pin: bool = False) -> int:
-    """How many leading chunks are there with the right bytes. AssertionError if a chunk counts and is wrong."""
+    """How many leading chunks are there. AssertionError if one counts and its bytes are wrong."""
     grant = client.acquire([key(n) for n in numbers], layout=LAYOUT, pin=pin)
     try:
         return count_right(client, grant, numbers)
@@ -187,6 +186,3 @@ def alive(pid: int) -> bool:
 def descriptors() -> int:
     """How many descriptors this process has open."""
     return len(os.listdir("/proc/self/fd"))
-
-
-__all__ = ["MIB"]

@@ -14,7 +14,6 @@ import pytest
 from tests.client_pool import (
     DEADLINE_S,
     LAYOUT,
-    MIB,
     NAMESPACE,
     SIZE,
     Pool,
@@ -28,6 +27,7 @@ from tests.client_pool import (
     until,
 )
 from vcache.errors import ArgumentError, EngineClosed, Unavailable
+from vcache.limits import MIB
 from vcache.protocol import Outcome
 
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.client_pool import DEADLINE_S, LAYOUT, MIB, Pool, alive, key, pool_in_memory, read, store, until
+from tests.client_pool import DEADLINE_S, LAYOUT, Pool, alive, key, pool_in_memory, read, store, until
 from vcache.errors import ForkedProcess
+from vcache.limits import MIB
 
 CHILD_TIMEOUT_S = 20
 
@@ -74,8 +75,9 @@ def test_child_is_refused_and_the_parent_goes_on(pool: Pool) -> None:
 
 PARENT = """
 import os, sys, time
-from tests.client_pool import MIB, Pool, store
 from pathlib import Path
+from tests.client_pool import Pool, store
+from vcache.limits import MIB
 pool = Pool(Path(sys.argv[1]))
 client = pool.client(lends=4 * MIB)
 assert store(client, [1]) == 1
@@ -101,25 +103,24 @@ def run_parent(pool: Pool, what: str) -> subprocess.Popen[str]:
 
 
 def test_child_ends_as_python_does_without_hanging(pool: Pool) -> None:
-    parent = run_parent(pool, "exits")
-    output, _ = parent.communicate(timeout=DEADLINE_S)
+    with run_parent(pool, "exits") as parent:
+        output, _ = parent.communicate(timeout=DEADLINE_S)
     assert output.split()[1] == "0"
     assert parent.returncode == 0
 
 
 def test_death_of_the_parent_is_seen_though_a_child_lives(pool: Pool) -> None:
     observer = pool.client("observer")
-    parent = run_parent(pool, "lives")
-    assert parent.stdout is not None
-    child = int(parent.stdout.readline())
-    try:
-        assert observer.lookup([key(1)], LAYOUT) == 1
-        parent.kill()
-        parent.wait(DEADLINE_S)
-        until(lambda: len(observer.stats().sessions) == 1, "the session ended")
-        assert alive(child)
-        assert observer.lookup([key(1)], LAYOUT) == 0
-        assert observer.stats().segments == []
-    finally:
-        os.kill(child, signal.SIGKILL)
-        parent.communicate(timeout=DEADLINE_S)
+    with run_parent(pool, "lives") as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        try:
+            assert observer.lookup([key(1)], LAYOUT) == 1
+            parent.kill()
+            parent.wait(DEADLINE_S)
+            until(lambda: len(observer.stats().sessions) == 1, "the session ended")
+            assert alive(child)
+            assert observer.lookup([key(1)], LAYOUT) == 0
+            assert observer.stats().segments == []
+        finally:
+            os.kill(child, signal.SIGKILL)

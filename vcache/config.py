@@ -88,8 +88,6 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     chunk_tokens: Annotated[int, Meta(ge=1, le=65_536)] = 256
     # Whether the last tokens that fill no chunk are stored: pays only where the very same prompt comes again.
     store_partial_chunks: bool = False
-    # Threads that copy between paged KV and shared memory; 0: as many as torch has.
-    copy_threads: Annotated[int, Meta(ge=0, le=1_024)] = 0
     # Chunks that may wait for a lower tier. Waiting ones are pinned, so the pool loses that many extents at
     # most; what finds the queue full is not written below.
     tier_queue_chunks: Annotated[int, Meta(ge=1, le=65_536)] = 64

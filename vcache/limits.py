@@ -201,3 +201,16 @@ SEGMENT_RETRY_S: Final = 1.0
 
 CLOSE_WAIT_S: Final = 2.0
 """How long `Client.close` waits for running copies and for importers, who have a second to let go."""
+
+TTL_MS_MAX: Final = 10 * 365 * 86_400_000
+"""A chunk's time to live: ten years; the extent table counts seconds since the boot in 32 bits."""
+
+LAYOUTS_MAX: Final = 4_096
+"""Layout fingerprints that the server remembers before it looks which of them are in use: far more than a
+machine has models.
+"""
+
+HEADS_PER_SESSION_MAX: Final = 64
+"""Reserves of one session for which the server remembers what was there already: twice as many as a client
+has under way.
+"""

@@ -507,7 +507,7 @@ def _decode(decoder: msgspec.msgpack.Decoder[_Decoded], frame: bytes | memoryvie
         )
     try:
         return decoder.decode(frame)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise RemoteProtocolError(str(error)) from error
 
 

@@ -22,6 +22,9 @@ from vcache.protocol import Statistics
 
 ROOT = Path(__file__).parents[2]
 
+_RIGHTS_END_S = 15.0
+"""Rights that nobody uses end long before: leases after their time, the others' at the next declaration."""
+
 
 class Pool:
     """`with Pool() as pool:` a runtime directory, and processes that use it."""
@@ -146,7 +149,8 @@ class Pool:
         To be called when no worker does anything any more.
         """
         rights = ("reservations", "leases", "pins")
-        self.eventually(lambda pool: not any(map(pool.counters().get, rights)), f"no {', '.join(rights)} are left")
+        nothing = f"no {', '.join(rights)} are left"
+        self.eventually(lambda pool: not any(map(pool.counters().get, rights)), nothing, _RIGHTS_END_S)
         assert not sum(row.reserved_bytes for row in self.statistics().segments)
         self.check()
 

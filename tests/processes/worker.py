@@ -184,7 +184,7 @@ class Worker:
         """SIGCONT."""
         self.signal(signal.SIGCONT)
 
-    def maps(self, device: str) -> bool:
+    def has_memory_of(self, device: str) -> bool:
         """Whether it has the memory of a segment of this device mapped, or its descriptor open."""
         links = [os.path.realpath(fd) for fd in Path(f"/proc/{self.pid}/fd").iterdir()]
         return f"memfd:vcache-{device} " in Path(f"/proc/{self.pid}/maps").read_text() + "\n".join(links)

@@ -86,6 +86,7 @@ class Pool:
         self.rids = itertools.count(1)
         self.rid = 0
         self.readers: list[TableReader] = []
+        self.checks = True
         self.segments = [
             self.directory.add_segment(1, attach(number, size))
             for number, size in enumerate(segments, start=1)
@@ -106,7 +107,8 @@ class Pool:
 
     def check(self) -> None:
         """Prove that everything adds up."""
-        self.directory.check()
+        if self.checks:
+            self.directory.check()
 
     def reader(self) -> TableReader:
         """A client's view of the table, for the fence."""

@@ -56,7 +56,7 @@ class LookupRow(msgspec.Struct, frozen=True, kw_only=True):
 
 @contextmanager
 def bench_client(config: Config) -> Iterator[Client]:
-    """A client that lends a small segment for the chunks of the measurement. Raises SegmentError, Unavailable."""
+    """A client that lends a small segment for what is measured. Raises SegmentError, Unavailable."""
 
     def new_segment() -> Segment:
         return allocate(_DEVICE, SEGMENT_BYTES)

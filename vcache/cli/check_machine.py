@@ -11,6 +11,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final
 
 from vcache import __version__
@@ -107,10 +108,7 @@ def check_runtime_dir(config: Config) -> Iterator[Finding]:
 
 def _bind_in(runtime: RuntimeDir) -> None:
     """Make a socket there as the server does, and remove it. Raises OSError."""
-    path = (
-        runtime.path / f"doctor-{os.getpid()}.sock"
-    )  # shorter than no name that the server uses is needed: the
-    # kernel's limit on paths was checked for the longest of them.
+    path = runtime.path / f".{os.getpid():x}"  # not longer than the names whose length was checked
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
         probe.bind(str(path))
         path.unlink()
@@ -121,7 +119,13 @@ def nothing_left_behind(config: Config) -> Iterator[None]:
     """Remove the runtime directory, or the server's lock in it, afterwards if this block made it."""
     path = runtime_path(config.runtime_dir)
     was_there, lock_was_there = os.path.lexists(path), os.path.lexists(path / "server.lock")
-    yield
+    try:
+        yield
+    finally:
+        _remove_new(path, was_there=was_there, lock_was_there=lock_was_there)
+
+
+def _remove_new(path: Path, *, was_there: bool, lock_was_there: bool) -> None:
     lock_path = path / "server.lock"
     if not os.path.isdir(path) or (was_there and (lock_was_there or not lock_path.exists())):
         return

@@ -41,13 +41,14 @@ def check_shared_memory(config: Config) -> Iterator[Finding]:
             check="shared memory",
             verdict="failed",
             found=f"a segment{where} mapped by a second process: {probed.error}",
-            advice="a container or security module interferes with memfds or SCM_RIGHTS: compare with one without",
+            advice="a container or security module is in the way of memfds or SCM_RIGHTS: try without it",
         )
         return
     yield Finding(
         check="shared memory",
         verdict="ok",
-        found=f"a segment{where} mapped by a second process: bytes right both ways, {probed.gbytes_per_s:.1f} GB/s",
+        found=f"a segment{where} mapped by a second process: bytes right both ways, "
+        f"{probed.gbytes_per_s:.1f} GB/s",
         facts={"gbytes_per_s": probed.gbytes_per_s},
     )
 
@@ -71,7 +72,7 @@ def _exchange(peer: Peer, segment: Segment, *, own_device: str | None, seed: int
 
 
 def check_gpus(config: Config) -> Iterator[Finding]:
-    """Each GPU exported by CUDA IPC and read by a process on every GPU, with bandwidth; skipped where none is."""
+    """Each GPU exported by CUDA IPC and read by a process on every GPU; skipped where there is none."""
     from vcache.segment.gpu import cuda_runtime, device_count, gpu_uuid
 
     try:
@@ -126,7 +127,7 @@ def _judge(pairs: list[Pair]) -> Iterator[Finding]:
                 check="GPU memory",
                 verdict="failed",
                 found=f"{pair.holder} read from {pair.reader}: {pair.error}",
-                advice="see `nvidia-smi topo -p2p r`; MIG has no IPC; containers may need --ipc=host and --pid=host",
+                advice="see `nvidia-smi topo -p2p r`; MIG has no IPC; containers may need --ipc=host",
             )
     blind = [f"{pair.holder} from {pair.reader}" for pair in pairs if not pair.peer_access and not pair.error]
     if blind:

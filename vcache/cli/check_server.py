@@ -1,4 +1,4 @@
-"""The doctor's check of the metadata server: reachable, of our version, quick, and with segments to store in."""
+"""The doctor's check of the metadata server: reachable, of our version, quick, with room to store in."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_server(config: Config, *, is_ours: bool) -> Iterator[Finding]:
             check="server",
             verdict="failed",
             found=f"none runs for {where}",
-            advice=str(error).partition(": ")[2] + "; `vcache doctor --start` tests with a temporary one",
+            advice=f"{error.advice}; `vcache doctor --start` tests with a temporary one",
             no_server=True,
         )
         return

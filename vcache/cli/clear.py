@@ -24,7 +24,8 @@ def run(invocation: Invocation) -> int:
     model: str | None = invocation.options.model
     with connected(invocation.observing(), "vcache clear") as client:
         if not invocation.options.yes and not _is_sure(int(client.stats().counters["chunks"]), model):
-            return Exit.INTERRUPTED
+            print("vcache: nothing was forgotten", file=sys.stderr)
+            return Exit.FAILED
         if model is None:
             removed = client.clear()
         else:
@@ -41,6 +42,6 @@ def _is_sure(chunks: int, model: str | None) -> bool:
     """Whether the person at the terminal says yes. Raises ArgumentError where nobody sits."""
     what = f"all {chunks:,} chunks" if model is None else f"the chunks of {model!r}"
     if not sys.stdin.isatty():
-        raise ArgumentError("--yes", "nothing", f"it, where nobody can be asked whether to forget {what}")
+        raise ArgumentError("--yes", "nothing", f"--yes where nobody can be asked: this forgets {what}")
     print(f"Forget {what}? They would have to be computed again. [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")

@@ -7,8 +7,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final, Protocol, cast
 
 from vcache import __version__, logs
@@ -46,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command, options = _parse(given)
         invocation = invocation_of(options)
         _configure_logs(invocation)
-        code = command.run(invocation)
+        with _ended_in_order():
+            code = command.run(invocation)
         sys.stdout.flush()
         return int(code)
     except BrokenPipeError:
@@ -58,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return Exit.INTERRUPTED
     except Exception as error:
         if invocation is not None and invocation.config.log.level == "debug":
-            raise
+            traceback.print_exc()
         print(f"vcache: {_in_words(error)}", file=sys.stderr)
         return exit_of(error)
 
@@ -99,6 +104,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("command", metavar="COMMAND", nargs="?", choices=COMMANDS, help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, through its `finally`: what it started ends with it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _configure_logs(invocation: Invocation) -> None:

@@ -17,10 +17,11 @@ class NoServer(Unavailable):
     """No process holds the server's lock of this pool."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(
-            f"no metadata server runs for {path}: start one with `vcache-metadata --runtime-dir {path}`, "
+        self.advice = (
+            f"start one with `vcache-metadata --runtime-dir {path}`, "
             "or name another pool's directory with --runtime-dir"
         )
+        super().__init__(f"no metadata server runs for {path}: {self.advice}")
 
 
 def server_pid(config: Config) -> int | None:

@@ -23,8 +23,8 @@ MARKS: Final[dict[Verdict, tuple[str, str]]] = {
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """One line of the report.
 
-    advice: what to do, where there is something to do. facts: numbers for programs. no_server: it failed for want
-    of a server, not because something is broken.
+    advice: what to do, where there is something to do. facts: numbers for programs. no_server: it failed for
+    want of a server, not because something is broken.
     """
 
     check: str

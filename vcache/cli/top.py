@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -127,8 +126,6 @@ def _stream(client: Client, interval_s: float) -> None:
 def _live(client: Client, interval_s: float, where: str) -> None:
     from rich.live import Live
 
-    # Also a `kill` shall give the terminal back as it was.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     before = _look(client)
     console = present.console()
     first = _frame(before.statistics, None, where)

@@ -1,4 +1,4 @@
-"""Starting a metadata server when there is none: one for all, detached from whoever happened to come first."""
+"""Starting a metadata server when there is none: one for all, detached from whoever came first."""
 
 from __future__ import annotations
 

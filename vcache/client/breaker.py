@@ -49,20 +49,22 @@ class Breaker:
             self._changed.notify_all()
         _log.info("%s: connected to the metadata server (process %d)", self._name, connection.server_pid)
 
-    def trip(self, connection: Connection | None, why: str) -> None:
-        """Refuse requests from now on, because of `why`; logged once. connection: the one that failed, None
-        whichever.
+    def trip(self, connection: Connection | None, why: str) -> bool:
+        """Refuse requests from now on, because of `why`; True, and logged, if they went through until now.
+
+        connection: the one that failed; None: whichever it is now.
         """
         with self._changed:
             if self.connection is None:
                 self._why = why
-                return
+                return False
             if connection is not None and self.connection is not connection:
-                return
+                return False
             self.connection = None
             self._why = why
         _log.warning("%s: %s; requests are misses until it answers again", self._name, why)
         self._on_trip()
+        return True
 
     def shut(self, final: EngineClosed | ForkedProcess) -> None:
         """Refuse requests for ever."""

@@ -7,6 +7,7 @@ carried out once.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from vcache.errors import Unavailable
 from vcache.limits import CHANNELS_IDLE_MAX, FRAME_BYTES_MAX, REQUEST_SENDS_MAX, REQUEST_SLICE_MS
 from vcache.protocol import Reply, Request, decode_answer, decode_reply, encode_request
 from vcache.table import TableReader
+
+_log = logging.getLogger(__name__)
 
 
 class Channel:
@@ -52,7 +55,7 @@ class Channel:
             if answer.rid == rid:
                 return answer.body
         except zmq.Again:
-            connection.slow_requests += 1
+            _log.debug("request %d takes longer than %d ms", rid, self._slice_ms)
         return self._persist(frame, rid, connection, started, started + self._timeout_s / REQUEST_SENDS_MAX)
 
     def _persist(
@@ -107,7 +110,6 @@ class Connection:
     table: TableReader
     server_pid: int
     ended: bool = False
-    slow_requests: int = 0
     _idle: list[Channel] = field(default_factory=list)
 
     def ask(self, request: Request, rid: int) -> Reply:

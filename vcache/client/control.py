@@ -36,7 +36,6 @@ class Control:
         self._sent_s = 0.0
         self._due_s = 0.0
         self._pause_s = RECONNECT_PAUSE_MIN_S
-        self.answered = 0
 
     @property
     def socket(self) -> zmq.Socket[bytes]:
@@ -97,7 +96,6 @@ class Control:
             self._ledger.finish(self._rid)
             self._rid = 0
             self._due_s = now_s + self._interval_s
-            self.answered += 1
             reply = decode_reply(answer.body)
             if isinstance(reply, Error):
                 if reply.code in NEW_SESSION:

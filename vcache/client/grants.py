@@ -108,11 +108,15 @@ def _read_extents(packed: bytes, connection: Connection) -> Extents:
     """
     extents: Extents = unpack(packed, EXTENT).copy()
     if len(extents):
-        if int(extents["index"].max()) >= connection.table.capacity or int(extents["segment"].min()) == 0:
+        # As 32-bit words: index, generation, segment, reserved, offset (low, high), length (low, high). Two
+        # passes over all columns cost less than one over each.
+        words = extents.view("<u4").reshape(len(extents), 8)
+        largest, smallest = words.max(axis=0).tolist(), words.min(axis=0).tolist()
+        if largest[0] >= connection.table.capacity or smallest[2] == 0:
             raise RemoteProtocolError("an extent that the table has no record of, or in no segment")
-        if int(extents["length"].min()) == 0 or int(extents["length"].max()) >= 1 << 32:
+        if smallest[6] == 0 or largest[7]:
             raise RemoteProtocolError("an extent of no length, or longer than a chunk can be")
-        if int(extents["offset"].max()) >= 1 << 62:
+        if largest[5] >= 1 << 30:
             raise RemoteProtocolError("an extent at an impossible offset")
         extents["reserved"] = connection.tenure
     return extents

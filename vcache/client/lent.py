@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from vcache.client.segments import Segments
 from vcache.client.wire import Wire
-from vcache.errors import ArgumentError, SegmentError
+from vcache.errors import VCacheError
 from vcache.limits import CLOSE_WAIT_S
 from vcache.protocol import Attach, Attached, Detach, Detached, Refused
 from vcache.segment import DATA_OFFSET, Segment
@@ -83,9 +83,10 @@ class Lent:
     def _make(self, new: Callable[[], Segment]) -> bool:
         try:
             self._segment = new()
-        except (SegmentError, ArgumentError) as error:
+        except Exception as error:  # the caller's function: whatever it raises must not end the session
             if not self.settled:
-                _log.error("this process lends no segment: %s", error)
+                ours = isinstance(error, VCacheError)
+                _log.error("this process lends no segment: %s", error, exc_info=None if ours else error)
             self.settled = True
             self._retry_at_s = time.monotonic() + _RETRY_S
             return False

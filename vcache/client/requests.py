@@ -11,7 +11,7 @@ from vcache.client.breaker import Breaker
 from vcache.client.channel import Connection
 from vcache.client.ledger import Ledger
 from vcache.errors import ArgumentError, RemoteProtocolError, ServerError, Unavailable
-from vcache.limits import FINGERPRINT_BYTES, KEYS_PER_REQUEST_MAX
+from vcache.limits import FINGERPRINT_BYTES, KEY_BYTES, KEYS_PER_REQUEST_MAX
 from vcache.protocol import Error, ErrorCode, Reply, Request, join_keys
 
 _log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Requests:
         self.counters = counters
 
     def connection(self) -> Connection:
-        """The connection of now. Raises at once if there is none: Unavailable, EngineClosed, ForkedProcess."""
+        """The connection of now. Raises Unavailable, EngineClosed or ForkedProcess if there is none."""
         connection = self.breaker.connection
         if connection is None:
             self.breaker.refuse()
@@ -97,7 +97,10 @@ def packed_keys(keys: Sequence[bytes]) -> bytes:
     if len(keys) > KEYS_PER_REQUEST_MAX:
         raise ArgumentError("keys", f"{len(keys)} keys", f"at most {KEYS_PER_REQUEST_MAX}")
     try:
-        return join_keys(list(keys))
+        joined = b"".join(keys)
+        if len(joined) == KEY_BYTES * len(keys) and {KEY_BYTES}.issuperset(map(len, keys)):
+            return joined
+        return join_keys(list(keys))  # says which one is wrong
     except TypeError as error:
         raise ArgumentError("keys", error, "a sequence of bytes") from error
 

@@ -76,11 +76,6 @@ class Segments:
         memory = now.ready.get(number) if now.number == lineage else None
         return memory is not None and memory.incarnation_now() == memory.incarnation
 
-    def peek(self, number: int, lineage: int) -> Memory | None:
-        """The memory of a segment if it is mapped."""
-        now = self._now
-        return now.ready.get(number) if now.number == lineage else None
-
     def _open(self, now: _Lineage, number: int, timeout_s: float) -> Memory | None:
         deadline = time.monotonic() + timeout_s
         with self._changed:

@@ -74,6 +74,7 @@ class Session:
         self._runtime = runtime
         self._lock = OwnerLock(runtime.session_lock_path(self.number), mode=runtime.file_mode)
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wake_guard = threading.Lock()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._wire: Wire | None = None
         self._lineage = 0
@@ -105,8 +106,9 @@ class Session:
 
     def wake(self) -> None:
         """Have the thread look around now."""
-        if self._wake_fd >= 0:
-            os.eventfd_write(self._wake_fd, 1)
+        with self._wake_guard:  # or it could be closed in between, and be another file by then
+            if self._wake_fd >= 0:
+                os.eventfd_write(self._wake_fd, 1)
 
     def post(self, message: FromClient) -> bool:
         """Send a message over the connection of now; False if there is none."""
@@ -153,7 +155,8 @@ class Session:
                 self._serve(wire, connection)
             except (Unavailable, RemoteProtocolError) as error:
                 self.counters["connections_lost"] += 1
-                self.breaker.trip(None, str(error))
+                if self.breaker.trip(None, str(error)):
+                    self._logged = str(error)
                 raise
             finally:
                 self._leave(connection)
@@ -242,6 +245,7 @@ class Session:
                 now_s = time.monotonic()
                 for received in wire.receive():
                     self._take(received)
+                self.breaker.segment_settled(self.lent.settled)  # first: whoever waits wants both
                 due_s = control.turn(now_s)
                 if self._stop_at_s is not None:
                     if not leaving:
@@ -254,8 +258,6 @@ class Session:
                     due_s = min(due_s, self._stop_at_s)
                 else:
                     self.lent.turn(wire, now_s)
-                if control.answered:
-                    self.breaker.segment_settled(self.lent.settled)
                 wire.flush()
                 self._poll(wire, control.socket, due_s - time.monotonic())
         finally:
@@ -332,11 +334,9 @@ class Session:
     def _clean_up(self) -> None:
         self.lent.close()
         self.segments.enter(0)
-        if not self._copies_run():
+        if not self.segments.retiring:  # else the session goes on until this process ends
             self._lock.release(remove=True)
         self._context.term()
-        fd, self._wake_fd = self._wake_fd, -1
-        os.close(fd)
-
-    def _copies_run(self) -> bool:
-        return self.segments.retiring > 0
+        with self._wake_guard:
+            os.close(self._wake_fd)
+            self._wake_fd = -1

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from vcache.client import Client
 from vcache.config import Config
-from vcache.engine.arguments import Transfer, check_identity, checked_key, checked_keys, loaded_config
+from vcache.engine.arguments import (
+    Transfer,
+    check_identity,
+    checked_key,
+    checked_keys,
+    checked_tokens,
+    loaded_config,
+)
 from vcache.engine.handles import Gate, Operations, RetrieveHandle, StoreHandle, finished
 from vcache.engine.lending import Lending
 from vcache.engine.lookup import Location, Lookup
@@ -95,7 +102,10 @@ class VCacheEngine:
         """How many tokens the longest prefix of `tokens` has that is in the pool or a lower tier."""
         with self._gate.call(), self._counters.seconds("lookup_seconds"):
             self._transfers.require_form("tokens", "lookup_pages")
-            keys, count = self._transfers.keys(tokens)
+            array = checked_tokens(tokens)
+            count = len(array)
+            # Hashing a long prompt takes longer than all else, so not where nothing can be found anyway.
+            keys = self._transfers.keys(array) if self._lookup.possible() else []
             hit = min(self._lookup.prefix(keys) * self._layout.chunk_tokens, count)
             self._counters.add(lookup_calls=1, lookup_tokens=count, lookup_hit_tokens=hit)
             return hit

@@ -25,6 +25,10 @@ class Lookup:
         self._pool = pool
         self._lower = lower
 
+    def possible(self) -> bool:
+        """Whether anything can be found at all; that the server is not there is counted."""
+        return bool(self._lower) or self._pool.connected()
+
     def prefix(self, keys: Sequence[bytes]) -> int:
         """How many leading keys are in the pool or below."""
         found = 0

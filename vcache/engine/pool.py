@@ -38,6 +38,13 @@ class Pool:
         self._holder_known_until_s = 0.0
         self._described_lineage: int | None = None
 
+    def connected(self) -> bool:
+        """Whether requests go through now; counted if not."""
+        connected = self._client.connected
+        if not connected:
+            self._counters.failed(Cause.NO_SERVER, "there is no connection to the metadata server")
+        return connected
+
     # -- reading
 
     def lookup(self, keys: Sequence[bytes]) -> int:

@@ -40,10 +40,9 @@ class Transfers:
         self._partial = partial
         self._described = DescribedTensors(axes, layout)
 
-    def keys(self, tokens: Any) -> tuple[list[bytes], int]:
-        """The keys of the chunks of `tokens`, and the number of tokens."""
-        array = checked_tokens(tokens)
-        return self._keys(array), len(array)
+    def keys(self, tokens: NDArray[np.int64]) -> list[bytes]:
+        """The keys of the chunks of `tokens`."""
+        return self._chain.keys(tokens, self._layout.chunk_tokens, partial=self._partial)
 
     def of_tokens(
         self, tokens: Any, *, mask: Any, offset: Any, kvcaches: Any, slot_mapping: Any
@@ -54,7 +53,7 @@ class Transfers:
         masked = masked_tokens(mask, offset, len(array), chunk_tokens)
         paged = self._described.describe(kvcaches)
         slots = checked_ids("slot_mapping", slot_mapping, len(array), paged.num_slots, "token")
-        keys = self._keys(array)[masked // chunk_tokens :]
+        keys = self.keys(array)[masked // chunk_tokens :]
         end = min(masked + len(keys) * chunk_tokens, len(array))
         sizes = [self._layout.chunk_bytes] * len(keys)
         if keys and (end - masked) % chunk_tokens:
@@ -80,9 +79,6 @@ class Transfers:
     def forget(self) -> None:
         """Let go of all tensors."""
         self._described.forget()
-
-    def _keys(self, tokens: NDArray[np.int64]) -> list[bytes]:
-        return self._chain.keys(tokens, self._layout.chunk_tokens, partial=self._partial)
 
 
 class DescribedTensors:
