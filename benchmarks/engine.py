@@ -21,29 +21,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.paged import BYTES, CHUNKS, LAYOUT, ORDERS, TOKENS, Paged, peer_pool
-from benchmarks.processes import DEADLINE_S
+from benchmarks.paged import BYTES, CHUNKS, LAYOUT, ORDERS, PAGES, TOKENS, Paged, peer_pool
+from benchmarks.processes import DEADLINE_S, Pool
 from benchmarks.report import Figure, at_least, ratio
 from vcache import VCacheEngine
 from vcache.bench.copy import Order, measure, memcpy
 from vcache.client import Client
 from vcache.errors import SegmentError
+from vcache.limits import MIB
 
+TITLE: Final = f"Engine: {CHUNKS} chunks of {LAYOUT.chunk_bytes // MIB} MiB, shared memory"
 ROUNDS: Final = 15
 KERNEL_ROUNDS: Final = 9
 WANTED: Final[dict[Order, float]] = {"pages": 0.8, "random-pages": 0.7}
 """The least rate of store and retrieve as a share of memcpy's."""
 
+COPIES: Final = {"store": "gather", "retrieve": "scatter"}
 WORDS: Final[dict[Order, str]] = {"pages": "page-ordered", "random-pages": "random pages"}
 
 
 class Subject:
     """An engine without a segment of its own, its paged KV and a pool that only it uses."""
 
-    def __init__(self, engine: VCacheEngine, client: Client) -> None:
+    def __init__(self, engine: VCacheEngine, client: Client, paged: Paged) -> None:
         self.engine = engine
         self.client = client
-        self.paged = Paged()
+        self.paged = paged
         self.tokens = np.arange(TOKENS)
 
     def empty(self) -> None:
@@ -97,50 +100,64 @@ def timed(action: Callable[[], None]) -> float:
     return time.perf_counter() - begin
 
 
-def _rounds(subject: Subject, segment: Tensor) -> dict[str, list[float]]:
-    """Seconds of each contestant in every round but the first, which finds memory cold."""
+def _rounds(subject: Subject, segment: Tensor) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of each contestant in every round, and of all gathers and scatters in them."""
     private = torch.ones(BYTES, dtype=torch.uint8)
-    threads = torch.get_num_threads()
     times: dict[str, list[float]] = {}
+    _round(subject, segment, private, {})
+    before = subject.engine.get_stats()
     gc.collect()
-    for number in range(ROUNDS + 1):
-        for order in ORDERS:
-            subject.empty()
-            steps: dict[str, Callable[[], None]] = {
-                f"memcpy to segment, {order}": partial(memcpy, segment, private, threads),
-                f"store, {order}": partial(subject.store, order),
-                f"memcpy from segment, {order}": partial(memcpy, private, segment, threads),
-                f"retrieve, {order}": partial(subject.retrieve, order),
-            }
-            for name, step in steps.items():
-                seconds = timed(step)
-                if number:
-                    times.setdefault(name, []).append(seconds)
-    return times
+    for _ in range(ROUNDS):
+        _round(subject, segment, private, times)
+    after = subject.engine.get_stats()
+    names = {copy: f"{copy}_seconds" for copy in COPIES.values()}
+    return times, {copy: float(after[name]) - float(before[name]) for copy, name in names.items()}
+
+
+def _round(subject: Subject, segment: Tensor, private: Tensor, times: dict[str, list[float]]) -> None:
+    threads = torch.get_num_threads()
+    for order in ORDERS:
+        subject.empty()
+        steps: dict[str, Callable[[], None]] = {
+            f"memcpy to segment, {order}": partial(memcpy, segment, private, threads),
+            f"store, {order}": partial(subject.store, order),
+            f"memcpy from segment, {order}": partial(memcpy, private, segment, threads),
+            f"retrieve, {order}": partial(subject.retrieve, order),
+        }
+        for name, step in steps.items():
+            times.setdefault(name, []).append(timed(step))
+
+
+@contextmanager
+def connected_engine(pool: Pool, paged: Paged) -> Iterator[Subject]:
+    """An engine of that pool, connected, that lends nothing itself."""
+    client = pool.client()
+    try:
+        with VCacheEngine(
+            layout=LAYOUT, model="benchmark", config=pool.config(**{"segment.size": 0})
+        ) as engine:
+            if not engine.wait_connected(DEADLINE_S):
+                raise RuntimeError("the engine did not connect")
+            yield Subject(engine, client, paged)
+    finally:
+        client.close()
 
 
 def end_to_end() -> list[Figure]:
     """Store and retrieve by the engine, requests included."""
-    with peer_pool(2 * CHUNKS) as pool:
-        config = pool.config(**{"segment.size": 0})
-        client = pool.client()
-        try:
-            with VCacheEngine(layout=LAYOUT, model="benchmark", config=config) as engine:
-                if not engine.wait_connected(DEADLINE_S):
-                    raise RuntimeError("the engine did not connect")
-                subject = Subject(engine, client)
-                with borrowed_run(client) as segment:
-                    segment.fill_(1)
-                    for order in ORDERS:
-                        subject.verify(order)
-                        if order != ORDERS[-1]:
-                            subject.empty()
-                    return list(_figures(_rounds(subject, segment), engine))
-        finally:
-            client.close()
+    with (
+        peer_pool(2 * CHUNKS) as pool,
+        connected_engine(pool, Paged(2 * PAGES)) as subject,
+        borrowed_run(subject.client) as segment,
+    ):
+        segment.fill_(1)
+        subject.verify("pages")
+        subject.empty()
+        subject.verify("random-pages")
+        return list(_figures(*_rounds(subject, segment)))
 
 
-def _figures(times: dict[str, list[float]], engine: VCacheEngine) -> Iterator[Figure]:
+def _figures(times: dict[str, list[float]], copied: dict[str, float]) -> Iterator[Figure]:
     for direction in ("to", "from"):
         both = [second for order in ORDERS for second in times[f"memcpy {direction} segment, {order}"]]
         yield rate(f"memcpy {direction} segment, {torch.get_num_threads()} threads", both)
@@ -149,11 +166,10 @@ def _figures(times: dict[str, list[float]], engine: VCacheEngine) -> Iterator[Fi
             own, beside = times[f"{name}, {order}"], times[f"memcpy {direction} segment, {order}"]
             title = f"{name}, {WORDS[order]}"
             yield rate(title, own)
-            yield at_least(f"{title}, over memcpy", ratio(beside, own), WANTED[order], "×")
-    stats = engine.get_stats()
-    for name, copy in (("store", "gather"), ("retrieve", "scatter")):
-        share = float(stats[f"{copy}_seconds"]) / float(stats[f"{name}_seconds"])
-        yield Figure(f"share of {name} that is the copy", f"{share:.3f}")
+            yield at_least(f"{title} ÷ memcpy", ratio(beside, own), WANTED[order], "×")
+    for name, copy in COPIES.items():
+        seconds = sum(sum(times[f"{name}, {order}"]) for order in ORDERS)
+        yield Figure(f"share of {name} that is the {copy}", f"{copied[copy] / seconds:.3f}")
 
 
 def rate(name: str, seconds: list[float]) -> Figure:
@@ -179,9 +195,6 @@ def run() -> list[Figure]:
 
 
 if __name__ == "__main__":
-    from rich.console import Console
+    from benchmarks.report import main
 
-    from benchmarks.report import machine, show
-
-    show(f"Engine, {CHUNKS} chunks, {LAYOUT.describe()}", run(), Console())
-    print(machine())
+    main(TITLE, run)

@@ -18,15 +18,17 @@ CHUNKS: Final = 8
 TOKENS: Final = CHUNKS * LAYOUT.chunk_tokens
 BYTES: Final = CHUNKS * LAYOUT.chunk_bytes
 PAGE_TOKENS: Final = 16
+PAGES: Final = TOKENS // PAGE_TOKENS
+"""Pages that the chunks need."""
+
 PEER: Final = "shm:1"
 ORDERS: Final[tuple[Order, ...]] = ("pages", "random-pages")
 
 
 class Paged:
-    """Paged KV with twice the pages that the chunks need, every page of memory there, no two pages alike."""
+    """Paged KV of at least PAGES pages, all of its memory there, no two pages alike."""
 
-    def __init__(self) -> None:
-        pages = 2 * TOKENS // PAGE_TOKENS
+    def __init__(self, pages: int) -> None:
         shape = (LAYOUT.kv_parts, pages, PAGE_TOKENS, LAYOUT.num_kv_heads, LAYOUT.head_size)
         count = shape[0] * shape[1]
         self.kvcaches = []

@@ -60,7 +60,7 @@ class Pool:
         process = subprocess.Popen(
             [sys.executable, *arguments],
             cwd=ROOT,
-            env={**environment, **given, "PYTHONPATH": str(ROOT)},
+            env={**environment, **given, "VCACHE_LOG_LEVEL": "warning", "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE if piped else None,
         )
         self._processes.append(process)
@@ -70,7 +70,7 @@ class Pool:
 
     def start_server(self) -> float:
         """Start a metadata server; seconds until its session socket accepts."""
-        options = ["--runtime-dir", str(self.runtime), "--log-level", "warning"]
+        options = ["--runtime-dir", str(self.runtime)]
         begin = time.perf_counter()
         self.server = self.spawn(["-m", "metadata_server.server", *options])
         while not self._accepts():

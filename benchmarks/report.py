@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Final
 
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
+from vcache.limits import GIB
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+WIDTH_PIPED: Final = 100
 
 
 @dataclass(frozen=True)
@@ -65,22 +70,72 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
+def cpu() -> str:
+    """The CPU's model."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+def gpus() -> str:
+    """The GPUs' models, empty where there is none."""
+    names = _said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
+    return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
+
+
+def commit() -> str:
+    """What was measured; "-dirty" if it is not exactly that commit."""
+    return _said("git", "describe", "--always", "--dirty") or "unknown"
+
+
+def _said(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        return ""
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def machine() -> str:
-    """CPU, cores, kernel, Python, commit: what a figure means nothing without."""
-    model = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    cores = len(os.sched_getaffinity(0))
-    system = f"Linux {platform.release()}, Python {platform.python_version()}"
-    return f"{date.today()}, {model}, {cores} cores, {system}, commit {git.stdout.strip() or 'unknown'}"
+    """CPU, cores, memory, GPUs, kernel, Python, commit: what a figure means nothing without."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    parts = [
+        str(date.today()),
+        cpu(),
+        f"{len(os.sched_getaffinity(0))} cores",
+        f"{memory:.0f} GiB",
+        gpus(),
+        f"Linux {platform.release()}",
+        f"Python {platform.python_version()}",
+        f"commit {commit()}",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def summary(figures: Sequence[Figure]) -> str:
+    """How many of the wanted bounds are met, and a line for each one that was missed."""
+    bounds = [figure for figure in figures if figure.met is not None]
+    missed = [figure for figure in bounds if not figure.met]
+    lines = [f"{len(bounds) - len(missed)} of {len(bounds)} bounds met"]
+    lines += [f"missed: {figure.name}: {figure.text}, wanted {figure.wanted}" for figure in missed]
+    return "\n".join(lines)
+
+
+def markdown(tables: Mapping[str, Sequence[Figure]]) -> str:
+    """The tables, by title, as a file to keep."""
+    figures = [figure for table in tables.values() for figure in table]
+    load = os.getloadavg()[0]
+    bounds = summary(figures).replace("\n", "  \n")  # Markdown's line breaks
+    parts = [f"# Benchmark\n\n{machine()}; load {load:.1f} at the end\n\n{bounds}"]
+    for title, rows in tables.items():
+        lines = ["| figure | measured | wanted | |", "|---|---:|---:|---|"]
+        lines += [f"| {row.name} | {row.text} | {row.wanted} | {row.verdict} |" for row in rows]
+        parts.append(f"## {title}\n\n" + "\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def console() -> Console:
+    """Where tables go: as wide as the terminal, and wide enough where there is none."""
+    wide = Console()
+    return wide if wide.is_terminal else Console(width=WIDTH_PIPED)
 
 
 def show(title: str, figures: Sequence[Figure], console: Console) -> None:
@@ -91,3 +146,9 @@ def show(title: str, figures: Sequence[Figure], console: Console) -> None:
     for figure in figures:
         table.add_row(figure.name, figure.text, figure.wanted, figure.verdict)
     console.print(table)
+
+
+def main(title: str, run: Callable[[], list[Figure]]) -> None:
+    """Measure one part, and print its table and what it ran on."""
+    show(title, run(), console())
+    print(machine())

@@ -7,56 +7,25 @@ from __future__ import annotations
 
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Final
-
-import zmq
 
 from benchmarks.processes import DEADLINE_S, Pool
 from benchmarks.report import Figure, at_least, at_most, interleaved, ratio
 from vcache import protocol
+from vcache.bench.echo import Echo, echo
 from vcache.client import Client
 from vcache.layout import KVLayout
 from vcache.segment import allocate
 
+TITLE: Final = "Metadata server"
 CHUNKS: Final = 100_000
 LAYOUT: Final = KVLayout(num_layers=1, num_kv_heads=1, head_size=64, dtype="float16", chunk_tokens=16)
 ROUNDS: Final = 40
 CALLS: Final = 50
 STARTS: Final = 5
 RESTARTS: Final = 3
-
-_ECHO: Final = """
-import sys, zmq
-router = zmq.Context().socket(zmq.ROUTER)
-router.bind(sys.argv[1])
-while True:
-    router.send_multipart(router.recv_multipart())
-"""
-
-
-@contextmanager
-def echo(folder: Path, frame: bytes) -> Iterator[zmq.Socket[bytes]]:
-    """A DEALER socket to a process that sends everything back."""
-    endpoint = f"ipc://{folder}/echo.sock"
-    process = subprocess.Popen([sys.executable, "-c", _ECHO, endpoint])
-    context = zmq.Context()
-    dealer = context.socket(zmq.DEALER)
-    dealer.connect(endpoint)
-    try:
-        dealer.send(frame)
-        dealer.recv()
-        yield dealer
-    finally:
-        process.kill()
-        process.wait()
-        dealer.close(linger=0)
-        context.term()
 
 
 def _fill(client: Client, count: int) -> list[bytes]:
@@ -70,16 +39,13 @@ def _fill(client: Client, count: int) -> list[bytes]:
     return keys
 
 
-def _latencies(
-    client: Client, dealer: zmq.Socket[bytes], frame: bytes, keys: list[bytes]
-) -> Iterator[Figure]:
+def _latencies(client: Client, echo: Echo, frame: bytes, keys: list[bytes]) -> Iterator[Figure]:
     fingerprint = LAYOUT.fingerprint
 
     def timed_echo() -> float:
         begin = time.perf_counter()
         for _ in range(CALLS):
-            dealer.send(frame)
-            dealer.recv()
+            echo.exchange(frame)
         return (time.perf_counter() - begin) / CALLS
 
     def timed_lookup(count: int) -> float:
@@ -129,8 +95,8 @@ def run() -> list[Figure]:
                 token=bytes(16),
                 epoch=1 << 62,
             )
-            with echo(pool.folder, frame) as dealer:
-                figures += _latencies(client, dealer, frame, keys)
+            with echo(pool.folder) as echoing:
+                figures += _latencies(client, echoing, frame, keys)
             figures.append(at_most(f"restart with {CHUNKS:,} chunks", _restart(pool, client, keys), 1, "s"))
         finally:
             client.close()
@@ -149,9 +115,6 @@ def _restart(pool: Pool, client: Client, keys: list[bytes]) -> float:
 
 
 if __name__ == "__main__":
-    from rich.console import Console
+    from benchmarks.report import main
 
-    from benchmarks.report import machine, show
-
-    show("Metadata server", run(), Console())
-    print(machine())
+    main(TITLE, run)

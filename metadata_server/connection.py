@@ -77,7 +77,11 @@ def close_all(fds: Sequence[int]) -> None:
 def verify_pidfd(fds: list[int], pid: int) -> int:
     """The one descriptor, if it is a pidfd of process `pid`. Raises Refusal and closes them all otherwise."""
     if len(fds) == 1:
-        told = _pid_of(fds[0])
+        try:
+            told = _pid_of(fds[0])
+        except BaseException:
+            close_all(fds)
+            raise
         # Another PID namespace's process has no number here that could be compared.
         if told is not None and (told == pid or pid == 0 or told <= 0):
             return fds[0]
@@ -86,7 +90,11 @@ def verify_pidfd(fds: list[int], pid: int) -> int:
 
 
 def _pid_of(pidfd: int) -> int | None:
-    for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines():
+    try:
+        lines = Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines()
+    except OSError as error:  # no descriptors are left
+        raise Refusal(ErrorCode.INTERNAL, f"hello: the pidfd cannot be looked at: {error}") from error
+    for line in lines:
         if line.startswith("Pid:"):
             return int(line.split()[1])
     return None

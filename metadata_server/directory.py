@@ -123,6 +123,8 @@ class Directory:
         """Lend a segment to the pool, or recognise one that the table knows; returns its number."""
         known = self.find_segment(attach.segment_id, attach.incarnation)
         if known is not None:
+            if int(self.table.segments["session"][known]) != session:
+                raise Refusal(ErrorCode.FOREIGN, "attach: another session lends this segment")
             return int(self.table.segments["word"][known]) >> 32
         slot = next(
             (slot for slot in range(limits.SEGMENTS_MAX) if not self.table.segment_in_use(slot)), None
@@ -674,12 +676,11 @@ class Directory:
 
     def _pack(self, indices: Indices, length: Literal["size", "length"]) -> bytes:
         extents = np.zeros(len(indices), EXTENT)
-        records = self.table.records
+        records = self.table.records[indices]
         extents["index"] = indices
-        extents["generation"] = self.table.word[indices] >> np.uint64(32)
-        extents["segment"] = self.table.segment[indices]
-        extents["offset"] = self.table.offset[indices]
-        extents["length"] = records[length][indices]
+        extents["generation"] = records["word"] >> np.uint64(32)
+        for name, column in (("segment", "segment"), ("offset", "offset"), ("length", length)):
+            extents[name] = records[column]
         return extents.tobytes()
 
     def _check(self, mine: Holdings, rid: int, ask: protocol.Check, now_ns: int) -> protocol.Reply:

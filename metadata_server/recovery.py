@@ -31,7 +31,6 @@ def restore(table: ExtentTable, policy: Policy) -> Directory:
     states = _states(table, indices)
     used = int(indices[-1]) + 1 if len(indices) else 0
     directory.allocator.forget_records(used, set(range(used)) - set(indices[states != State.EMPTY].tolist()))
-    table.pins[indices[(states != State.COMMITTED) & (states != State.ORPHANED)]] = 0
     _find_slabs(directory, indices[states != State.EMPTY])
     _take_up_extents(directory)
     return directory

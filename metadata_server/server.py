@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -49,7 +49,11 @@ tidiness.
 """
 _DRAIN_MAX: Final = 10_000
 """Requests that an ending server still answers: more than clients can have under way, and an end to it."""
+_DRAIN_QUIET_MS: Final = 10
+"""After this long without a request an ending server has answered all that were sent to it."""
 _BACKLOG: Final = 128
+_DESCRIPTORS_MAX: Final = 1 << 16
+"""SESSIONS_MAX sessions with CHANNELS_IDLE_MAX channels each need half of them."""
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
@@ -182,12 +186,13 @@ class Server:
                 log.warning(Line("a client does not read its answers: one was dropped", bytes=len(reply)))
 
     def _answer_the_rest(self) -> None:
-        """Draining: answer what has arrived already."""
-        self._router.rcvtimeo = 0
+        """Draining: answer what was sent already."""
+        self._router.rcvtimeo = _DRAIN_QUIET_MS
         try:
             for _ in range(_DRAIN_MAX):
                 sender, *frames = self._router.recv_multipart()
-                self._receive(sender, frames, time.monotonic_ns())
+                if sender != doorbell.SENDER:  # who rings now comes to the next server
+                    self._receive(sender, frames, time.monotonic_ns())
         except zmq.Again:
             return
 
@@ -282,9 +287,11 @@ def _table_and_directory(
 
 
 def _allow_descriptors() -> None:
-    """Raise the soft limit of open files to what SESSIONS_MAX sessions need, as far as the hard limit lets us."""
+    """Raise the soft limit of open files as far as it goes: sessions take three each, and ZeroMQ, of which every
+    thread of a client is a connection, aborts the process when it gets none.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 4 * limits.SESSIONS_MAX if hard == resource.RLIM_INFINITY else min(4 * limits.SESSIONS_MAX, hard)
+    wanted = _DESCRIPTORS_MAX if hard == resource.RLIM_INFINITY else min(_DESCRIPTORS_MAX, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
@@ -338,6 +345,11 @@ def _read_start(arguments: Sequence[str] | None) -> _Start:
     return _Start(config, config.server.idle_exit_s if asked else 0.0, options.check_config)
 
 
+def _on_ending_signals(act: Callable[[int], None]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: act(number))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the server; returns the exit code."""
     try:
@@ -348,6 +360,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A client that was bound to one core started us: its limits are not ours.
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
         _allow_descriptors()
+        asked_to_end: list[int] = []  # while it starts: then it ends as soon as it can do so in order
+        _on_ending_signals(asked_to_end.append)
         server = Server(start.config, idle_exit_s=start.idle_exit_s)
     except ConfigError as error:
         print(f"vcache-metadata: {error}", file=sys.stderr)
@@ -355,8 +369,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ServerConflict as error:
         print(f"vcache-metadata: {error}", file=sys.stderr)
         return EXIT_CONFLICT
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: server.drain())
+    _on_ending_signals(lambda _: server.drain())
+    if asked_to_end:
+        server.drain()
     try:
         return server.run()
     except Exception:

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import select
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 from metadata_server.connection import Connection, close_all, verify_pidfd
 from metadata_server.directory import Directory
 from metadata_server.errors import Refusal
 from metadata_server.requests import Credentials, Requests
 from vcache import limits, protocol
-from vcache.errors import RemoteProtocolError
+from vcache.errors import ConfigError, RemoteProtocolError
 from vcache.locks import lock_holder
 from vcache.logs import Line
 from vcache.protocol import ErrorCode
 from vcache.runtime import RuntimeDir
 
 log = logging.getLogger(__name__)
+
+_SESSION_LOCK: Final = re.compile("[0-9a-f]{16}[.]lock")
 
 
 @dataclass(eq=False)
@@ -73,6 +77,7 @@ class Sessions:
         self.lent: dict[int, Lent] = {}
         self._endings: dict[int, Ending] = {}
         self._connections: dict[int, Connection] = {}
+        self._silent: dict[int, Connection] = {}
         self._pidfds: dict[int, int] = {}
         self._closed: set[int] = set()
 
@@ -90,6 +95,8 @@ class Sessions:
         """Sessions whose lock is held, by the runtime directory; the locks of the dead are removed."""
         alive = set()
         for path in self._runtime.sessions_dir.glob("*.lock"):
+            if not _SESSION_LOCK.fullmatch(path.name):
+                continue  # nobody's but whoever put it there
             if lock_holder(path) is not None:
                 alive.add(int(path.stem, 16))
             else:
@@ -108,15 +115,27 @@ class Sessions:
     def bury_awaited(self) -> None:
         """End the awaited sessions that have died meanwhile."""
         for session in self.awaited():
-            if lock_holder(self._runtime.session_lock_path(session)) is None:
+            if not self._may_live(session):
                 self._end(session)
+
+    def _may_live(self, session: int) -> bool:
+        """Whether a session's lock is held, or cannot be asked about just now (no descriptors are left)."""
+        try:
+            return lock_holder(self._runtime.session_lock_path(session)) is not None
+        except ConfigError as error:
+            log.warning(Line("a session's lock cannot be looked at", error=str(error)))
+            return True
 
     # -- events
 
     def accept(self, connection: Connection) -> None:
-        """Take up a connection; it is nobody's until its Hello."""
-        self._connections[connection.fileno()] = connection
+        """Take up a connection; it is nobody's until its Hello. Of too many such ones the oldest is closed."""
+        self._connections[connection.fileno()] = self._silent[connection.fileno()] = connection
         self.epoll.register(connection.fileno(), select.EPOLLIN)
+        if len(self._silent) > limits.SILENT_CONNECTIONS_MAX:
+            oldest = next(iter(self._silent.values()))
+            log.warning(Line("connection closed: too many have not said Hello", pid=oldest.pid))
+            self._close(oldest)
 
     def dispatch(self) -> None:
         """Handle what sockets and pidfds report, without waiting."""
@@ -143,6 +162,7 @@ class Sessions:
         if received is None:
             self._close(connection)
             return
+        self._silent.pop(connection.fileno(), None)
         message, fds = received
         seq = getattr(message, "seq", 0)
         try:
@@ -192,7 +212,7 @@ class Sessions:
         old = self.peers.get(hello.session)
         if old is not None:
             self._forget_peer(old)
-        name = hello.name[: limits.LABEL_BYTES_MAX]
+        name = hello.name.encode()[: limits.LABEL_BYTES_MAX].decode(errors="ignore")
         peer = Peer(hello.session, name, connection.pid, pidfd, connection)
         if resumed:
             peer.mapped = set(directory.allocator.rooms) | set(self._endings)
@@ -239,7 +259,10 @@ class Sessions:
             )
         if len(self.peers) >= limits.SESSIONS_MAX:
             raise Refusal(ErrorCode.LIMIT, f"{limits.SESSIONS_MAX} sessions are there already")
-        holder = lock_holder(self._runtime.session_lock_path(hello.session))
+        try:
+            holder = lock_holder(self._runtime.session_lock_path(hello.session))
+        except ConfigError as error:
+            raise Refusal(ErrorCode.INTERNAL, str(error)) from error
         if holder is None or (holder and connection.pid and holder != connection.pid):
             path = self._runtime.session_lock_path(hello.session)
             raise Refusal(ErrorCode.FOREIGN, f"hello: wanted the lock {path} held by the sender")
@@ -259,9 +282,8 @@ class Sessions:
                 self._end_segment(number, 0, 0)
         for number in list(self._endings):
             self._unmapped(session, number)
-        lock = self._runtime.session_lock_path(session)
-        if lock_holder(lock) is None:
-            lock.unlink(missing_ok=True)
+        if not self._may_live(session):
+            self._runtime.session_lock_path(session).unlink(missing_ok=True)
 
     def _forget_peer(self, peer: Peer) -> None:
         del self.peers[peer.session]
@@ -374,6 +396,7 @@ class Sessions:
             return
         self.epoll.unregister(fd)
         del self._connections[fd]
+        self._silent.pop(fd, None)
         self._closed.add(fd)
         connection.close()
         peer = self.peers.get(connection.session)

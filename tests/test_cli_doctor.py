@@ -13,7 +13,7 @@ import pytest
 from tests.cli_pool import lender, server, vcache
 from vcache import logs
 from vcache.cli import main
-from vcache.cli.check_segments import Pair, _judge, pair_table
+from vcache.cli.check_segments import Pair, judge, pair_table
 from vcache.cli.findings import Finding, findings_of
 from vcache.cli.peer import Peer, is_pattern, pattern
 from vcache.errors import SegmentError
@@ -130,13 +130,13 @@ def test_a_check_that_raises_has_failed_with_its_words() -> None:
     ]
 
 
-def test_pairs_of_gpus_are_judged() -> None:
+def test_pairs_of_gpus_arejudged() -> None:
     pairs = [
         Pair("cuda:0", "cuda:0", True, "", 1500.0),
         Pair("cuda:0", "cuda:1", False, "", 20.0),
         Pair("cuda:1", "cuda:0", False, "no peer access", 0.0),
     ]
-    found = {each.verdict: each for each in _judge(pairs)}
+    found = {each.verdict: each for each in judge(pairs)}
     assert "cuda:1 read from cuda:0: no peer access" in found["failed"].found
     assert "cuda:0 from cuda:1" in found["warning"].found
     assert "2 of 3 pairs, 20 to 1500 GB/s" in found["ok"].found

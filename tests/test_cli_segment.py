@@ -115,6 +115,26 @@ def test_after_a_cold_start_it_lends_new_memory(runtime_dir: Path) -> None:
             client.close()
 
 
+def test_it_goes_on_when_nobody_reads_its_output(runtime_dir: Path) -> None:
+    with server(runtime_dir) as first, holder(runtime_dir, "--json") as process:
+        lent(process)
+        assert process.stdout is not None
+        process.stdout.close()
+        client = observer(runtime_dir)
+        first.kill()
+        first.wait(DEADLINE_S)
+        (runtime_dir / "extents").unlink()
+        with server(runtime_dir):
+            assert process.stderr is not None
+            while b"nobody reads our output" not in process.stderr.readline():
+                assert process.poll() is None
+            assert client.wait_connected(DEADLINE_S)
+            assert [row.held for row in client.stats().segments] == [True]
+            client.close()
+            process.terminate()
+            assert process.wait(DEADLINE_S) == 0
+
+
 @pytest.mark.parametrize("size", ["1TiB", "0"])
 def test_a_size_that_cannot_be_had_ends_it_at_once(runtime_dir: Path, size: str) -> None:
     with holder(runtime_dir, "--size", size) as process:

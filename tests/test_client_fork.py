@@ -29,6 +29,7 @@ def in_child(work: Callable[[], None]) -> int:
     """The exit code of a forked child that did `work` and then ended as Python does."""
     pid = os.fork()
     if pid == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(CHILD_TIMEOUT_S)  # a child that hangs is killed, and the test fails
         try:
             work()
@@ -71,6 +72,21 @@ def test_child_is_refused_and_the_parent_goes_on(pool: Pool) -> None:
     assert client.intact(grant)
     client.release(grant)
     client.check()
+
+
+def test_child_may_make_a_client_of_its_own(pool: Pool) -> None:
+    parent = pool.client(lends=4 * MIB)
+    store(parent, [1])
+
+    def anew() -> None:
+        client = pool.client("child", lends=4 * MIB)
+        assert read(client, [1]) == 1
+        assert store(client, [2]) == 1
+        client.close()
+
+    assert in_child(anew) == 0
+    assert parent.lookup([key(1)], LAYOUT) == 1
+    until(lambda: len(parent.stats().sessions) == 1, "the child's session ended")
 
 
 PARENT = """

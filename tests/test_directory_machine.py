@@ -1,15 +1,15 @@
-"""Whatever clients do, lose and die of, and whenever the server is killed: bytes found are the bytes stored."""
+"""Whatever clients do, lose and die of, whenever the server is killed: bytes found are the bytes stored."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from random import Random
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from metadata_server.allocator import extent_size
 from metadata_server.directory import NS, Directory, Policy
@@ -25,13 +25,27 @@ from vcache.table import ExtentTable, State, TableReader
 SIZES = {1: 16 * KIB, 2: 32 * KIB - 100, 3: 48 * KIB, 4: 80 * KIB}
 """Bytes of a chunk by its form (layout)."""
 
-FORMS = st.sampled_from((1, 1, 1, 2, 3, 4))
+FORMS = (1, 1, 1, 2, 3, 4)
 LEASE_MS = 2_000
-FATES = st.sampled_from(("answered",) * 5 + ("lost", "delayed"))
+DICE = st.randoms(use_true_random=True)
+"""Seeds, not choices of Hypothesis's own: a hundred times as many events in the same time."""
+
+FIRST = (0, 0, 0, 4, 20, 40, 100)
+FATES = ("answered",) * 5 + ("lost", "not there yet", "answered late")
+
+TRAFFIC = (
+    *("store",) * 5,
+    *("reserve", "commit", "acquire") * 4,
+    *("read_under_a_lease", "release", "abort", "declare") * 2,
+    *("something_late_arrives", "client_gives_up", "request_is_sent_again", "a_stopped_writer_wakes_up"),
+    *("look_up", "touch", "remove"),
+    *("client_comes_back",) * 4,
+)
+UPHEAVALS = ("new_session", "session_dies", "add_segment", "add_segment", "drop_segment", "clear")
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Clients of one pool. Each rule is one event; what is allowed is said in `_booked_...` and the invariants."""
+    """Clients of one pool. Each rule is one event; `_booked_...` and the invariant say what is allowed."""
 
     eviction = "lru"
 
@@ -49,20 +63,42 @@ class PoolMachine(RuleBasedStateMachine):
         self.attached = 0
         self.epoch = 1
 
-    @initialize(data=st.data(), small_quota=st.booleans())
-    def start(self, data: st.DataObject, small_quota: bool) -> None:
+    @initialize(dice=DICE, small_quota=st.booleans())
+    def start(self, dice: Random, small_quota: bool) -> None:
         self.policy = Policy(
             eviction=self.eviction,  # type: ignore[arg-type]
-            default_ttl_ms=data.draw(st.sampled_from((0, 0, 5_000))),
+            default_ttl_ms=dice.choice((0, 0, 5_000)),
             lease_ms=LEASE_MS,
             pinned_bytes_max=300 * KIB if small_quota else 8 * MIB,
         )
-        self.table = ExtentTable.create(self.path, data.draw(st.sampled_from((90, 2048, 2048))), boot=BOOT)
+        self.table = ExtentTable.create(self.path, dice.choice((90, 2048, 2048)), boot=BOOT)
         self.reader = TableReader(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
         self._serve(Directory(self.table, self.policy))
         for _ in range(2):
-            self.new_session()
-        self.add_segment(data, MIB, 0)
+            self._begin_session()
+        self._add_segment(self.clients[1], MIB, 0)
+        if dice.random() < 0.5:
+            self._store(self.clients[1], 1, 0, 60)
+
+    @rule(dice=DICE, many=st.sampled_from((1, 3, 10, 30)))
+    def traffic(self, dice: Random, many: int) -> None:
+        self._happen(dice, TRAFFIC, many)
+
+    @rule(dice=DICE, many=st.sampled_from((3, 10)))
+    def more_traffic(self, dice: Random, many: int) -> None:
+        """Hypothesis chooses among rules: so most of what happens is traffic."""
+        self._happen(dice, TRAFFIC, many)
+
+    @rule(dice=DICE, many=st.integers(1, 3))
+    def upheaval(self, dice: Random, many: int) -> None:
+        self._happen(dice, UPHEAVALS, many)
+
+    def _happen(self, dice: Random, events: tuple[str, ...], many: int) -> None:
+        for _ in range(many):
+            if self.clients:
+                self.event = dice.choice(events)
+                getattr(self, self.event)(dice)
+                self.nothing_was_lost_or_changed()
 
     def _serve(self, directory: Directory) -> None:
         self.evicted = 0
@@ -84,13 +120,15 @@ class PoolMachine(RuleBasedStateMachine):
 
     # -- who there is
 
-    def _clients(self, data: st.DataObject, wanted: Callable[[Client], Any] = lambda each: True) -> Client | None:
+    def _clients(self, dice: Random, wanted: Callable[[Client], object] = lambda each: True) -> Client | None:
         there = [each for each in self.clients.values() if each.connected and wanted(each)]
-        return data.draw(st.sampled_from(there)) if there else None
+        return dice.choice(there) if there else None
 
-    @precondition(lambda self: len(self.clients) < 4)
-    @rule()
-    def new_session(self) -> None:
+    def new_session(self, dice: Random) -> None:
+        if len(self.clients) < 4:
+            self._begin_session()
+
+    def _begin_session(self) -> None:
         self.sessions += 1
         self.clients[self.sessions] = Client(self.sessions, self.sessions.to_bytes(TOKEN_BYTES, "big"))
         self._hello(self.clients[self.sessions])
@@ -100,10 +138,9 @@ class PoolMachine(RuleBasedStateMachine):
         self.directory.rights.of(client.session)
         client.connected = True
 
-    @precondition(lambda self: len(self.clients) > 1)
-    @rule(data=st.data())
-    def session_dies(self, data: st.DataObject) -> None:
-        self._die(data.draw(st.sampled_from(sorted(self.clients))))
+    def session_dies(self, dice: Random) -> None:
+        if len(self.clients) > 1:
+            self._die(dice.choice(sorted(self.clients)))
 
     def _die(self, session: int) -> None:
         del self.clients[session]
@@ -112,12 +149,13 @@ class PoolMachine(RuleBasedStateMachine):
         for number in [number for number, (lender, _) in self.lenders.items() if lender == session]:
             self._drop(number)
 
-    @precondition(lambda self: len(self.segments) < 3)
-    @rule(data=st.data(), size=st.sampled_from((MIB // 2, MIB, 3 * MIB)), rank=st.sampled_from((0, 0, 1)))
-    def add_segment(self, data: st.DataObject, size: int, rank: int) -> None:
-        client = self._clients(data)
-        if client is None:
-            return
+    def add_segment(self, dice: Random) -> None:
+        client = self._clients(dice)
+        if client is not None and len(self.segments) < 3:
+            size = dice.choice((MIB // 2, MIB, 3 * MIB))
+            self._add_segment(client, size, dice.choice((0, 0, 1)))
+
+    def _add_segment(self, client: Client, size: int, rank: int) -> None:
         self.attached += 1
         asked = attach(self.attached, size, rank=rank)
         number = self.directory.add_segment(client.session, asked)
@@ -126,10 +164,9 @@ class PoolMachine(RuleBasedStateMachine):
         self.lenders[number] = client.session, asked
         self.memory.add(number, asked.size)
 
-    @precondition(lambda self: self.segments)
-    @rule(data=st.data())
-    def drop_segment(self, data: st.DataObject) -> None:
-        self._drop(data.draw(st.sampled_from(sorted(self.segments))))
+    def drop_segment(self, dice: Random) -> None:
+        if self.segments:
+            self._drop(dice.choice(sorted(self.segments)))
 
     def _drop(self, number: int) -> None:
         self.directory.drop_segment(number)
@@ -142,9 +179,10 @@ class PoolMachine(RuleBasedStateMachine):
 
     # -- the server's end and its successor's beginning
 
-    @rule(data=st.data())
-    def server_is_killed(self, data: st.DataObject) -> None:
-        alive = {session for session in sorted(self.clients) if data.draw(st.sampled_from((True, True, False)))}
+    @rule(dice=DICE)
+    def server_is_killed(self, dice: Random) -> None:
+        lives = (True, True, False)
+        alive = {session for session in sorted(self.clients) if dice.choice(lives)}
         self.requests.directory = None  # type: ignore[assignment]
         self.table.close()
         self.epoch += 1
@@ -168,17 +206,17 @@ class PoolMachine(RuleBasedStateMachine):
                 whole = -(-chunk.expiry_ns // NS) * NS
                 replicas[handle] = Chunk(chunk.place, chunk.stamp, chunk.form, chunk.space, whole)
 
-    @precondition(lambda self: any(not client.connected for client in self.clients.values()))
-    @rule(data=st.data(), at_once=st.booleans())
-    def client_comes_back(self, data: st.DataObject, at_once: bool) -> None:
+    def client_comes_back(self, dice: Random) -> None:
         away = [client for client in self.clients.values() if not client.connected]
-        client = data.draw(st.sampled_from(away))
+        if not away:
+            return
+        client = dice.choice(away)
         client.token = os.urandom(TOKEN_BYTES)
         self._hello(client)
         for number, (lender, asked) in self.lenders.items():
             if lender == client.session:
                 assert self.directory.add_segment(client.session, asked) == number
-        if at_once:
+        if dice.random() < 0.5:
             self._declare(client)
 
     # -- requests under way
@@ -191,13 +229,17 @@ class PoolMachine(RuleBasedStateMachine):
         )
         late = Late(rid, frame, ask, {handle: client.reserved.pop(handle) for handle in hanging})
         client.under_way.append(late)
-        if fate != "delayed":
-            self._arrive(client, late, fate == "answered")
+        if fate == "not there yet":
+            return
+        self._arrive(client, late)
+        if fate == "answered":
+            self._hear(client, late)
+        elif fate == "lost":
+            client.under_way.remove(late)
 
-    def _arrive(self, client: Client, late: Late, is_heard: bool) -> None:
-        """The request reaches the server, and its answer the client if `is_heard`."""
-        client.under_way.remove(late)
-        heard = is_heard and not late.given_up
+    def _arrive(self, client: Client, late: Late) -> None:
+        """The request reaches the server."""
+        late.done = True
         answer = self.requests.answer([late.frame], self._tick())
         if isinstance(late.ask, protocol.Release):
             assert answer is None
@@ -210,7 +252,7 @@ class PoolMachine(RuleBasedStateMachine):
             self._refused(client, late, reply)
             return
         if late.rid <= client.settled:
-            assert isinstance(late.ask, protocol.Declare | protocol.Touch), "a settled request was carried out"
+            assert isinstance(late.ask, protocol.Declare | protocol.Touch), "a settled request came through"
         client.answered[late.rid] = late.frame, answer
         booked = {
             protocol.Reserve: self._booked_reserve,
@@ -221,30 +263,46 @@ class PoolMachine(RuleBasedStateMachine):
             protocol.Clear: self._booked_removal,
         }.get(type(late.ask))
         if booked is not None:
-            booked(client, late, reply, heard)
+            booked(late, reply)
+
+    def _hear(self, client: Client, late: Late) -> None:
+        """The answer reaches the client, who passes it over if it has given the request up."""
+        client.under_way.remove(late)
+        if late.given_up:
+            return
+        for handle, (place, stamp) in late.reserved.items():
+            if not stamp:
+                stamp = self.memory.new_stamp()
+                self.memory.write(place, stamp)
+            client.reserved[handle] = place, stamp
+        if late.pinned:
+            client.pins[late.rid] = late.pinned
+        if late.leased:
+            client.leases[late.rid] = late.leased
 
     def _refused(self, client: Client, late: Late, error: protocol.Error) -> None:
         stale = late.rid <= client.settled and error.code == ErrorCode.STALE
         foreign = error.code in (ErrorCode.EPOCH, ErrorCode.TOKEN) and late.given_up
         assert stale or foreign, error
 
-    @rule(data=st.data(), is_heard=st.booleans())
-    def delayed_request_arrives(self, data: st.DataObject, is_heard: bool) -> None:
-        client = self._clients(data, lambda each: each.under_way)
+    def something_late_arrives(self, dice: Random) -> None:
+        client = self._clients(dice, lambda each: each.under_way)
         if client is not None:
-            self._arrive(client, data.draw(st.sampled_from(client.under_way)), is_heard)
+            late = dice.choice(client.under_way)
+            if late.done:
+                self._hear(client, late)
+            else:
+                self._arrive(client, late)
 
-    @rule(data=st.data())
-    def client_gives_up(self, data: st.DataObject) -> None:
-        client = self._clients(data, lambda each: each.under_way)
+    def client_gives_up(self, dice: Random) -> None:
+        client = self._clients(dice, lambda each: each.under_way)
         if client is not None:
-            data.draw(st.sampled_from(client.under_way)).given_up = True
+            dice.choice(client.under_way).given_up = True
 
-    @rule(data=st.data())
-    def request_is_sent_again(self, data: st.DataObject) -> None:
-        client = self._clients(data, lambda each: each.answered)
+    def request_is_sent_again(self, dice: Random) -> None:
+        client = self._clients(dice, lambda each: each.answered)
         if client is not None:
-            frame, answer = client.answered[data.draw(st.sampled_from(sorted(client.answered)))]
+            frame, answer = client.answered[dice.choice(sorted(client.answered))]
             ask = protocol.decode_request(protocol.decode_envelope(frame).body)
             if isinstance(ask, protocol.Reserve | protocol.Commit | protocol.Acquire | protocol.Remove):
                 assert self.requests.answer([frame], self._tick()) == answer
@@ -255,19 +313,14 @@ class PoolMachine(RuleBasedStateMachine):
 
     # -- writing
 
-    @rule(
-        data=st.data(),
-        form=FORMS,
-        first=st.integers(0, 40),
-        count=st.sampled_from((1, 3, 8, 40)),
-        fate=FATES,
-        keyed=st.booleans(),
-        near=st.integers(0, 3),
-    )
-    def reserve(
-        self, data: st.DataObject, form: int, first: int, count: int, fate: str, keyed: bool, near: int
-    ) -> None:
-        client = self._clients(data)
+    def reserve(self, dice: Random) -> None:
+        form = dice.choice(FORMS)
+        first = dice.choice(FIRST)
+        count = dice.choice((1, 3, 8, 40))
+        keyed = dice.random() < 0.5
+        near = dice.randint(0, 3)
+        fate = dice.choice(FATES)
+        client = self._clients(dice)
         if client is None:
             return
         numbers = range(form * 1000 + first, form * 1000 + first + count) if keyed else ()
@@ -279,9 +332,7 @@ class PoolMachine(RuleBasedStateMachine):
         packed = b"".join(map(key, numbers))
         self._send(client, protocol.Reserve(layout(form), SIZES[form], packed, count, near), fate)
 
-    def _booked_reserve(
-        self, client: Client, late: Late, reply: protocol.Reserved, heard: bool
-    ) -> None:
+    def _booked_reserve(self, late: Late, reply: protocol.Reserved) -> None:
         ask = late.ask
         assert isinstance(ask, protocol.Reserve)
         numbers = [int.from_bytes(each, "big") for each in protocol.split_keys(ask.keys)]
@@ -290,17 +341,12 @@ class PoolMachine(RuleBasedStateMachine):
         assert reply.wanted == (reply.present.count(0) if numbers else ask.count)
         granted = places(protocol.unpack(reply.extents, EXTENT))
         assert len(granted) <= reply.wanted
-        self._learn_evictions(kept={n for n, flag in zip(numbers, reply.present, strict=True) if flag})
-        assert all(
-            bool(self.bound.get(number)) == bool(flag) for number, flag in zip(numbers, reply.present, strict=True)
-        )
+        flags = list(zip(numbers, reply.present, strict=True))
+        self._learn_evictions(kept={number for number, flag in flags if flag})
+        assert all(bool(self.bound.get(number)) == bool(flag) for number, flag in flags)
         for place in granted:
             self._check_grant(place, ask.size)
-        if heard:
-            for place in granted:
-                stamp = self.memory.new_stamp()
-                self.memory.write(place, stamp)
-                client.reserved[place.handle] = place, stamp
+        late.reserved = {place.handle: (place, 0) for place in granted}
         if len(granted) < reply.wanted and not self.directory.allocator.table_full:
             self._check_full(extent_size(ask.size), {n for n in numbers if self.bound.get(n)})
 
@@ -311,9 +357,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert place.generation > self.granted.get(place.index, -1), f"{place} was granted before"
         self.granted[place.index] = place.generation
         for client in self.clients.values():
-            taken = [held for held, _ in client.reserved.values()]
-            taken += [chunk.place for chunk in client.pinned()]
-            taken += [held for late in client.under_way if not late.given_up for held, _ in late.hanging.values()]
+            taken = [*client.writable(), *(chunk.place for chunk in client.pinned())]
             assert not overlap(place, taken), f"{place} is session {client.session}'s"
         found = [chunk.place for replicas in self.bound.values() for chunk in replicas.values()]
         assert not overlap(place, found), f"{place} can still be found under a key"
@@ -327,27 +371,21 @@ class PoolMachine(RuleBasedStateMachine):
                     f"extent {index} of key {number} could have been given up"
                 )
 
-    @rule(data=st.data())
-    def a_stopped_writer_wakes_up(self, data: st.DataObject) -> None:
+    def a_stopped_writer_wakes_up(self, dice: Random) -> None:
         """What it still owns it may write to, whatever happened meanwhile."""
         if self.clients:
-            client = data.draw(st.sampled_from(list(self.clients.values())))
+            client = dice.choice(list(self.clients.values()))
             for place, stamp in client.reserved.values():
                 self.memory.write(place, stamp)
 
-    @rule(
-        data=st.data(),
-        count=st.sampled_from((1, 8, 40)),
-        first=st.integers(0, 40),
-        fate=FATES,
-        ttl_ms=st.sampled_from((-1, -1, 0, 500)),
-        replica=st.booleans(),
-        space=st.integers(1, 2),
-    )
-    def commit(
-        self, data: st.DataObject, count: int, first: int, fate: str, ttl_ms: int, replica: bool, space: int
-    ) -> None:
-        client = self._clients(data, lambda each: each.reserved)
+    def commit(self, dice: Random) -> None:
+        count = dice.choice((1, 8, 40))
+        first = dice.choice(FIRST)
+        ttl_ms = dice.choice((-1, -1, 0, 500))
+        replica = dice.random() < 0.5
+        space = dice.randint(1, 2)
+        fate = dice.choice(FATES)
+        client = self._clients(dice, lambda each: each.reserved)
         if client is not None:
             self._commit(client, first, count, ttl_ms, replica, space, fate)
 
@@ -368,12 +406,10 @@ class PoolMachine(RuleBasedStateMachine):
         )
         self._send(client, ask, fate, tuple(place.handle for place in held))
 
-    def _booked_commit(
-        self, client: Client, late: Late, reply: protocol.Committed, heard: bool
-    ) -> None:
+    def _booked_commit(self, late: Late, reply: protocol.Committed) -> None:
         ask = late.ask
         assert isinstance(ask, protocol.Commit)
-        named = [handle for handle in protocol.unpack(ask.handles, protocol.HANDLE).tolist()]
+        named = protocol.unpack(ask.handles, protocol.HANDLE).tolist()
         numbers = [int.from_bytes(each, "big") for each in protocol.split_keys(ask.keys)]
         sizes = protocol.unpack(ask.lengths, protocol.np.dtype("<u8")).tolist()
         ttl_ms = self.policy.default_ttl_ms if ask.ttl_ms < 0 else ask.ttl_ms
@@ -381,12 +417,11 @@ class PoolMachine(RuleBasedStateMachine):
             handle, number, outcome = named[at], numbers[at], reply.outcomes[at]
             place, stamp = late.hanging.get(handle, (None, 0))
             if place is None or outcome == Outcome.STALE:
-                assert place is None, f"{place} was this session's"
+                assert place is None or late.given_up, f"{place} was this session's"
                 assert outcome == Outcome.STALE
             elif outcome == Outcome.LOST:
                 assert self.bound.get(number), f"key {number} has no other copy"
-                if heard:
-                    client.reserved[handle] = place, stamp
+                late.reserved[handle] = place, stamp
             else:
                 others = [each.place.segment for each in self.bound.get(number, {}).values()]
                 assert place.segment not in others if ask.replica else not others
@@ -400,12 +435,16 @@ class PoolMachine(RuleBasedStateMachine):
                     self.now_ns + ttl_ms * MS if ttl_ms else 0,
                 )
 
-    @rule(data=st.data(), form=FORMS, first=st.integers(0, 40), count=st.sampled_from((4, 20, 60)))
-    def store(self, data: st.DataObject, form: int, first: int, count: int) -> None:
+    def store(self, dice: Random) -> None:
         """What engines do all day: fills the pool."""
-        client = self._clients(data)
-        if client is None:
-            return
+        form = dice.choice(FORMS)
+        first = dice.choice(FIRST)
+        count = dice.choice((4, 20, 60))
+        client = self._clients(dice)
+        if client is not None:
+            self._store(client, form, first, count)
+
+    def _store(self, client: Client, form: int, first: int, count: int) -> None:
         before = set(client.reserved)
         self._reserve(client, form, range(form * 1000 + first, form * 1000 + first + count), 0, 0, "answered")
         fresh = {handle: client.reserved.pop(handle) for handle in set(client.reserved) - before}
@@ -413,9 +452,10 @@ class PoolMachine(RuleBasedStateMachine):
         if fresh:
             self._commit(client, first, len(fresh), -1, False, 1, "answered")
 
-    @rule(data=st.data(), count=st.integers(1, 10), fate=FATES)
-    def abort(self, data: st.DataObject, count: int, fate: str) -> None:
-        client = self._clients(data, lambda each: each.reserved)
+    def abort(self, dice: Random) -> None:
+        count = dice.randint(1, 10)
+        fate = dice.choice(FATES)
+        client = self._clients(dice, lambda each: each.reserved)
         if client is None:
             return
         held = [place for place, _ in client.reserved.values()][:count]
@@ -424,43 +464,32 @@ class PoolMachine(RuleBasedStateMachine):
             del client.reserved[place.handle]
         self._send(client, protocol.Abort(packed), fate)
 
-    def _booked_abort(
-        self, client: Client, late: Late, reply: protocol.Done, heard: bool
-    ) -> None:
+    def _booked_abort(self, late: Late, reply: protocol.Done) -> None:
         assert isinstance(late.ask, protocol.Abort)
         assert reply.count <= len(late.ask.handles) // 8
 
     # -- reading
 
-    @rule(
-        data=st.data(),
-        form=FORMS,
-        first=st.integers(0, 40),
-        count=st.sampled_from((1, 4, 30)),
-        pin=st.booleans(),
-        prefix=st.booleans(),
-        near=st.integers(0, 3),
-        fate=FATES,
-    )
-    def acquire(
-        self,
-        data: st.DataObject,
-        form: int,
-        first: int,
-        count: int,
-        pin: bool,
-        prefix: bool,
-        near: int,
-        fate: str,
-    ) -> None:
-        client = self._clients(data)
+    def acquire(self, dice: Random) -> None:
+        form, first = self._likely(dice)
+        count = dice.choice((1, 4, 30))
+        pin, prefix = dice.random() < 0.4, dice.random() < 0.5
+        near = dice.randint(0, 3)
+        fate = dice.choice(FATES)
+        client = self._clients(dice)
         if client is not None:
             packed = b"".join(key(form * 1000 + first + at) for at in range(count))
-                self._send(client, protocol.Acquire(packed, layout(form), pin, prefix, near), fate)
+            self._send(client, protocol.Acquire(packed, layout(form), pin, prefix, near), fate)
 
-    def _booked_acquire(
-        self, client: Client, late: Late, reply: protocol.Acquired, heard: bool
-    ) -> None:
+    def _likely(self, dice: Random) -> tuple[int, int]:
+        """A key that is mostly there, as form and number."""
+        there = [number for number, replicas in self.bound.items() if replicas]
+        if there and dice.random() < 0.8:
+            form, first = divmod(dice.choice(there), 1000)
+            return form, first
+        return dice.choice(FORMS), dice.choice(FIRST)
+
+    def _booked_acquire(self, late: Late, reply: protocol.Acquired) -> None:
         ask = late.ask
         assert isinstance(ask, protocol.Acquire)
         numbers = [int.from_bytes(each, "big") for each in protocol.split_keys(ask.keys)]
@@ -481,22 +510,21 @@ class PoolMachine(RuleBasedStateMachine):
             assert chunk.place == place and chunk in self._unexpired(number)
             assert self.memory.holds(place, chunk.stamp)
             read[place.handle] = chunk
-        if heard and read and ask.pin:
-            client.pins[late.rid] = read
-        elif heard and read:
-            client.leases[late.rid] = self.now_ns + reply.lease_ms * MS, read
+        if ask.pin:
+            late.pinned = read
+        elif read:
+            late.leased = self.now_ns + reply.lease_ms * MS, read
 
     def _unexpired(self, number: int) -> list[Chunk]:
         chunks = self.bound.get(number, {}).values()
         return [chunk for chunk in chunks if not 0 < chunk.expiry_ns <= self.now_ns]
 
-    @rule(data=st.data())
-    def read_under_a_lease(self, data: st.DataObject) -> None:
+    def read_under_a_lease(self, dice: Random) -> None:
         """However late: what the fence lets pass is what was committed."""
-        client = self._clients(data, lambda each: each.leases)
+        client = self._clients(dice, lambda each: each.leases)
         if client is None:
             return
-        ends_ns, held = client.leases[data.draw(st.sampled_from(sorted(client.leases)))]
+        ends_ns, held = client.leases[dice.choice(sorted(client.leases))]
         columns = list(zip(*held, strict=True))
         same = self.reader.unchanged(protocol.np.array(columns[0]), protocol.np.array(columns[1]))
         for chunk, intact in zip(held.values(), same.tolist(), strict=True):
@@ -506,12 +534,13 @@ class PoolMachine(RuleBasedStateMachine):
             elif self.now_ns < ends_ns:
                 assert not any(chunk in replicas.values() for replicas in self.bound.values())
 
-    @rule(data=st.data(), whole=st.booleans(), fate=FATES)
-    def release(self, data: st.DataObject, whole: bool, fate: str) -> None:
-        client = self._clients(data, lambda each: each.pins or each.leases)
+    def release(self, dice: Random) -> None:
+        whole = dice.random() < 0.5
+        fate = dice.choice(FATES)
+        client = self._clients(dice, lambda each: each.pins or each.leases)
         if client is None:
             return
-        rid = data.draw(st.sampled_from([*client.pins, *client.leases]))
+        rid = dice.choice([*client.pins, *client.leases])
         if rid in client.leases:
             del client.leases[rid]
             self._send(client, protocol.Release(rid), fate)
@@ -524,9 +553,10 @@ class PoolMachine(RuleBasedStateMachine):
         packed = protocol.pack_handles([index for index, _ in part], [gen for _, gen in part])
         self._send(client, protocol.Release(rid, b"" if whole else packed), fate)
 
-    @rule(data=st.data(), form=FORMS, first=st.integers(0, 40), count=st.integers(1, 30))
-    def look_up(self, data: st.DataObject, form: int, first: int, count: int) -> None:
-        client = self._clients(data)
+    def look_up(self, dice: Random) -> None:
+        form, first = self._likely(dice)
+        count = dice.randint(1, 30)
+        client = self._clients(dice)
         if client is None:
             return
         numbers = [form * 1000 + first + at for at in range(count)]
@@ -546,37 +576,37 @@ class PoolMachine(RuleBasedStateMachine):
 
     # -- the rest
 
-    @rule(data=st.data(), form=FORMS, first=st.integers(0, 40), count=st.integers(1, 30))
-    def touch(self, data: st.DataObject, form: int, first: int, count: int) -> None:
-        client = self._clients(data)
+    def touch(self, dice: Random) -> None:
+        form, first = self._likely(dice)
+        count = dice.randint(1, 30)
+        client = self._clients(dice)
         if client is not None:
-                packed = b"".join(key(form * 1000 + first + at) for at in range(count))
+            packed = b"".join(key(form * 1000 + first + at) for at in range(count))
             self._send(client, protocol.Touch(packed), "answered")
 
-    @rule(data=st.data(), form=FORMS, first=st.integers(0, 40), count=st.integers(1, 30), fate=FATES)
-    def remove(self, data: st.DataObject, form: int, first: int, count: int, fate: str) -> None:
-        client = self._clients(data)
+    def remove(self, dice: Random) -> None:
+        form, first = self._likely(dice)
+        count = dice.randint(1, 30)
+        fate = dice.choice(FATES)
+        client = self._clients(dice)
         if client is not None:
-                packed = b"".join(key(form * 1000 + first + at) for at in range(count))
+            packed = b"".join(key(form * 1000 + first + at) for at in range(count))
             self._send(client, protocol.Remove(packed), fate)
 
-    @rule(data=st.data(), space=st.integers(0, 2), fate=FATES)
-    def clear(self, data: st.DataObject, space: int, fate: str) -> None:
-        client = self._clients(data)
+    def clear(self, dice: Random) -> None:
+        space = dice.randint(0, 2)
+        fate = dice.choice(FATES)
+        client = self._clients(dice)
         if client is not None:
-                self._send(client, protocol.Clear(namespace(space) if space else b""), fate)
+            self._send(client, protocol.Clear(namespace(space) if space else b""), fate)
 
-    def _booked_removal(
-        self, client: Client, late: Late, reply: protocol.Done, heard: bool
-    ) -> None:
+    def _booked_removal(self, late: Late, reply: protocol.Done) -> None:
         if isinstance(late.ask, protocol.Remove):
             gone = {int.from_bytes(each, "big") for each in protocol.split_keys(late.ask.keys)}
         else:
             assert isinstance(late.ask, protocol.Clear)
             space = int.from_bytes(late.ask.namespace, "big")
-            gone = {
-                number for number in self.bound if not space or self._first(number) in (space, None)
-            }
+            gone = {number for number in self.bound if not space or self._first(number) in (space, None)}
         for number in gone:
             self.bound.pop(number, None)
 
@@ -587,9 +617,8 @@ class PoolMachine(RuleBasedStateMachine):
             return spaces.pop()
         return None if key(number) not in self.directory.chunks else -1
 
-    @rule(data=st.data(), reply_lost=st.booleans())
-    def declare(self, data: st.DataObject, reply_lost: bool) -> None:
-        client = self._clients(data)
+    def declare(self, dice: Random) -> None:
+        client = self._clients(dice)
         if client is not None:
             self._declare(client)
 

@@ -482,3 +482,25 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline_s
         changed.wait(0.005)
+
+
+@pytest.mark.parametrize(
+    "given", [{"model": "other"}, {"rank": 1}, {"cache_salt": "tenant"}, {"lora": "adapter"}]
+)
+def test_an_engines_own_keys_are_bound_to_model_rank_tenant_and_adapter(
+    pool: Pool, given: dict[str, Any]
+) -> None:
+    """A block hash says which tokens, not whose KV: equal keys of other engines must miss."""
+    layout = KVLayout(
+        num_layers=1, num_kv_heads=1, head_size=8, dtype="float32", chunk_tokens=4, form="pages", page_tokens=4,
+        page_bytes=2 * 4 * 8 * 4, page_format="test",
+    )  # fmt: skip
+    keys, pages = [b"k" * 32], [torch.randn(2, 2, 4, 1, 8)]
+    with make(pool, layout=layout, kv_axes="pkshd") as engine:
+        assert engine.store_pages(keys, kvcaches=pages, pages=[1]) == 1
+        assert engine.contains(keys[0]) is Location.POOL
+        with make(pool, layout=layout, kv_axes="pkshd", **given) as other:
+            assert other.lookup_pages(keys) == 0
+            assert other.retrieve_pages(keys, kvcaches=[torch.zeros(2, 2, 4, 1, 8)], pages=[0]) == 0
+            assert other.contains(keys[0]) is Location.NOWHERE
+            assert other.store_pages(keys, kvcaches=pages, pages=[0]) == 1

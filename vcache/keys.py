@@ -97,6 +97,13 @@ class KeyChain:
             raise ArgumentError("parent", f"{len(parent)} bytes", f"a key of {KEY_BYTES} bytes")
         return blake2b(parent + as_tokens(tokens).tobytes(), digest_size=KEY_BYTES).digest()
 
+    def bind(self, key: bytes) -> bytes:
+        """The chunk key that stands for an engine's own `key` in this namespace.
+
+        An engine's block hash says which tokens, not which model, layout, rank or tenant.
+        """
+        return blake2b(self.root + key, digest_size=KEY_BYTES, person=b"vcache.bound").digest()
+
     def keys(self, tokens: Tokens, chunk_tokens: int, *, partial: bool = False) -> list[bytes]:
         """The keys of all whole chunks of `tokens`, in order; with `partial`, of an incomplete last one."""
         if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:

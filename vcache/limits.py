@@ -193,6 +193,9 @@ VERSION_RETRY_S: Final = 10.0
 AUTOSTART_INTERVAL_S: Final = 30.0
 """One try in this time, by whichever client: a server that cannot start must not be started in a loop."""
 
+AUTOSTART_PATIENCE_S: Final = 5.0
+"""How long a server that is being started may take before its absence is logged: ten times what it needs."""
+
 SESSION_PACKET_BYTES_MAX: Final = 4 * KIB
 """One message of a session's socket: a segment descriptor and some numbers, or words of refusal."""
 
@@ -204,6 +207,14 @@ CLOSE_WAIT_S: Final = 2.0
 
 TTL_MS_MAX: Final = 10 * 365 * 86_400_000
 """A chunk's time to live: ten years; the extent table counts seconds since the boot in 32 bits."""
+
+FRAMES_WAITING_MAX: Final = 64
+"""Frames of one connection that wait at the server, in each direction: a client has a handful under way on one, and a
+flood of the largest frames takes a quarter of a gigabyte.
+"""
+
+SILENT_CONNECTIONS_MAX: Final = 256
+"""Connections to the session socket that have not said Hello: twice its backlog, whose members all say it at once."""
 
 LAYOUTS_MAX: Final = 4_096
 """Layout fingerprints that the server remembers before it looks which of them are in use: far more than a

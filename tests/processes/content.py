@@ -62,9 +62,7 @@ def page_key(token: int) -> bytes:
 
 
 class PagedTokens:
-    """Paged KV with room for some tokens, on a torch device; in the tokens form the slots are shuffled, in the
-    pages form the pages.
-    """
+    """Paged KV with room for some tokens: the slots are shuffled, in the pages form the pages."""
 
     def __init__(self, tokens: list[int], layout: KVLayout = LAYOUT, *, device: str = "cpu") -> None:
         self.tokens = tokens

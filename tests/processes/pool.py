@@ -10,14 +10,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from tests.processes.worker import DEADLINE_S, Worker, eventually
+from tests.processes.worker import DEADLINE_S, Worker, all_stopped, eventually
 from vcache.client import Client
 from vcache.config import load
+from vcache.errors import ServerError, Unavailable
 from vcache.protocol import Statistics
 
 ROOT = Path(__file__).parents[2]
@@ -61,15 +63,29 @@ class Pool:
     def start_server(self, *options: str) -> subprocess.Popen[bytes]:
         """Start a metadata server and wait until it answers."""
         command = [sys.executable, "-m", "metadata_server.server", "--runtime-dir", str(self.path), *options]
-        self.server = subprocess.Popen(command, cwd=ROOT, env=self.environment())
-        assert self.observer.wait_connected(DEADLINE_S), "the server did not come up"
-        return self.server
+        self.server = server = subprocess.Popen(command, cwd=ROOT, env=self.environment())
+        # By its process: the observer may take a moment to notice that an earlier one has gone.
+        eventually(lambda: self.serving_pid() == server.pid or server.poll() is not None, "the server comes up")
+        assert server.poll() is None, f"the server ended with {server.returncode}"
+        return server
 
     def kill_server(self) -> None:
         """SIGKILL the server and wait until it is gone."""
         assert self.server is not None
         self.server.kill()
         self.server.wait(DEADLINE_S)
+
+    @contextmanager
+    def server_stopped(self) -> Iterator[None]:
+        """The server under SIGSTOP; it sleeps before the block begins."""
+        assert self.server is not None
+        pid = self.server.pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            eventually(lambda: all_stopped(pid), "the server stops")
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
     def environment(self) -> dict[str, str]:
         """Of child processes: the tests' own, and the server's configuration."""
@@ -113,7 +129,7 @@ class Pool:
         return worker
 
     def client_config(self) -> dict[str, Any]:
-        """Configuration of clients in tests: no autostart, quick reconciliation, patience on a busy machine."""
+        """Configuration of clients in tests: no autostart, quick reconciliation, much patience."""
         return {
             "runtime_dir": str(self.path),
             "server.autostart": False,
@@ -130,6 +146,13 @@ class Pool:
             self._observer = Client(load(**self.client_config()).config, name="observer")
         return self._observer
 
+    def serving_pid(self) -> int:
+        """The process id of the server that answers now; 0 if none does."""
+        try:
+            return int(self.observer.stats().counters["pid"])
+        except (Unavailable, ServerError):
+            return 0
+
     def statistics(self) -> Statistics:
         """What the server says of itself."""
         assert self.observer.wait_connected(DEADLINE_S)
@@ -140,11 +163,11 @@ class Pool:
         return self.statistics().counters
 
     def eventually(self, holds: Callable[[Pool], object], what: str, within_s: float = DEADLINE_S) -> None:
-        """Wait until `holds(pool)`; it may ask the server. AssertionError, which says `what`, after `within_s`."""
+        """Wait until `holds(pool)`, which may ask the server. AssertionError with `what` after `within_s`."""
         eventually(lambda: holds(self), what, within_s)
 
     def assert_nothing_leaks(self) -> None:
-        """Wait until nobody holds a right to anything; then the server proves that all extents are accounted for.
+        """Wait until nobody holds any right; then the server proves that all extents are accounted for.
 
         To be called when no worker does anything any more.
         """

@@ -45,9 +45,10 @@ def across(first: str, second: str) -> Iterator[str]:
             own = writer.call("stats")["own_segment"]
             assert _committed(pool)[own] == 40 * 8192, "a store goes to the own segment first"
             assert reader.call("lookup", seed, count) == 40 * CHUNK
-            yield f"process {writer.pid} stored 40 chunks in its segment {own}; {_read(reader, seed, count, 40)}"
+            yield f"process {writer.pid} stored 40 chunks in its segment {own}"
+            yield _read(reader, seed, count, 40)
         third = pool.engine(device=second)
-        yield f"lends no segment: {_read(third, 0, 40 * CHUNK, 40)}"
+        yield f"{_read(third, 0, 40 * CHUNK, 40)}; it lends no segment itself"
         pool.assert_nothing_leaks()
 
 
@@ -155,7 +156,9 @@ def test_gpus(scenario: Scenario) -> None:
 
 def main() -> int:
     """Play all scenarios and print what they say."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--devices", default="shm:0,shm:1", help="two devices, such as cuda:0,cuda:1")
     os.environ.setdefault("VCACHE_LOG_LEVEL", "error")
     logging.getLogger("vcache").addHandler(logging.NullHandler())

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -93,8 +92,19 @@ def test_a_holder_killed_while_engines_read(pool: Pool) -> None:
     assert other.poll() is None
 
 
-@pytest.mark.parametrize("where", ["before", "amid", "after"])
-def test_a_holder_killed_in_the_midst_of_a_copy(pool: Pool, where: str) -> None:
+ENDS = pytest.mark.parametrize(
+    ("where", "end"),
+    [
+        ("before", signal.SIGKILL),
+        ("amid", signal.SIGKILL),
+        ("after", signal.SIGKILL),
+        ("amid", signal.SIGTERM),  # it waits for its importers, but not for one that sleeps
+    ],
+)
+
+
+@ENDS
+def test_a_holder_that_ends_in_the_midst_of_a_copy(pool: Pool, where: str, end: int) -> None:
     """A reader that is stopped in its copy has the memory until it is over, and counts a miss."""
     holder, _ = pool.start_holder("shm:0", SIZE)
     pool.engine(device="shm:0").call("store", 1, PROMPT)
@@ -102,7 +112,8 @@ def test_a_holder_killed_in_the_midst_of_a_copy(pool: Pool, where: str) -> None:
     reader.call("stop_at", "scatter", where)
     reader.send("retrieve", 1, PROMPT)
     reader.wait_stopped()
-    holder.kill()
+    holder.send_signal(end)
+    holder.wait(DEADLINE_S)
     pool.eventually(lambda pool: not segments(pool), "the segment ends")
     assert reader.has_memory_of("shm:0")
     reader.wake()
@@ -111,8 +122,8 @@ def test_a_holder_killed_in_the_midst_of_a_copy(pool: Pool, where: str) -> None:
     assert_lets_go(reader, "shm:0")
 
 
-@pytest.mark.parametrize("where", ["before", "amid", "after"])
-def test_a_holder_killed_in_the_midst_of_a_store(pool: Pool, where: str) -> None:
+@ENDS
+def test_a_holder_that_ends_in_the_midst_of_a_store(pool: Pool, where: str, end: int) -> None:
     """What a stopped writer writes goes nowhere, and it is told so when it commits."""
     holder, _ = pool.start_holder("shm:0", SIZE)
     writer = pool.engine(device="shm:0")
@@ -120,7 +131,8 @@ def test_a_holder_killed_in_the_midst_of_a_store(pool: Pool, where: str) -> None
     writer.call("stop_at", "gather", where)
     writer.send("store", 2, PROMPT)
     writer.wait_stopped()
-    holder.kill()
+    holder.send_signal(end)
+    holder.wait(DEADLINE_S)
     pool.eventually(lambda pool: not segments(pool), "the segment ends")
     new, _ = pool.start_holder("shm:0", SIZE)
     writer.wake()
@@ -135,7 +147,7 @@ def test_a_holder_killed_in_the_midst_of_a_store(pool: Pool, where: str) -> None
 
 
 def test_a_holder_ended_in_order(pool: Pool) -> None:
-    """It exits with 0 when everybody has let go of its memory; its chunks are misses, and stores go elsewhere."""
+    """It exits with 0 when everybody has let go of its memory; then misses, and stores that go elsewhere."""
     holder, _ = pool.start_holder("shm:0", SIZE)
     _, kept = pool.start_holder("shm:2", SIZE)
     writer = pool.engine(device="shm:0")
@@ -149,21 +161,6 @@ def test_a_holder_ended_in_order(pool: Pool) -> None:
     assert readers[0].call("retrieve", 1, PROMPT) == (0, 0)
     writer.call("store", 1, PROMPT)
     assert readers[1].call("retrieve", 1, PROMPT) == (PROMPT, 0)
-
-
-def test_a_holder_ended_while_a_reader_is_stopped(pool: Pool) -> None:
-    """It does not wait for ever; the reader keeps what it has mapped, and counts a miss."""
-    holder, _ = pool.start_holder("shm:0", SIZE)
-    pool.engine(device="shm:0").call("store", 1, PROMPT)
-    reader = reader_of(pool, 1)
-    reader.call("stop_at", "scatter", "amid")
-    reader.send("retrieve", 1, PROMPT)
-    reader.wait_stopped()
-    holder.send_signal(signal.SIGTERM)
-    assert holder.wait(DEADLINE_S) == 0
-    reader.wake()
-    assert reader.result() == (0, 0)
-    assert_lets_go(reader, "shm:0")
 
 
 def test_a_stopped_holder_is_no_hindrance(pool: Pool) -> None:
@@ -258,4 +255,3 @@ def test_engines_and_holders_that_die_at_once(pool: Pool) -> None:
         pool.eventually(lambda pool: not segments(pool), "the segment ends")
         pool.assert_nothing_leaks()
         assert pool.counters()["chunks"] == 0
-    assert isinstance(holder, subprocess.Popen)

@@ -23,7 +23,7 @@ _POLL_S = 0.005
 
 
 def eventually(predicate: Callable[[], object], what: str, within_s: float = DEADLINE_S) -> None:
-    """Wait until `predicate()` holds. AssertionError, which says `what` did not come true, after `within_s`."""
+    """Wait until `predicate()` holds. AssertionError, which says that `what` was not, after `within_s`."""
     never = threading.Event()
     deadline_s = time.monotonic() + within_s
     while not predicate():
@@ -56,7 +56,7 @@ class _Child:
         from vcache.config import load
 
         self.client = Client(load(**config).config, name="test-client")
-        return self.client.wait_connected(DEADLINE_S)
+        return bool(self.client.wait_connected(DEADLINE_S))
 
     def store(self, seed: int, count: int) -> None:
         """Store a prompt of `count` tokens."""
@@ -135,7 +135,7 @@ def _serve(pipe: Connection) -> None:
 
 
 class Worker:
-    """A child process. It is forked from one that has imported what is needed and done nothing: 20 ms, not 2 s."""
+    """A child process, forked from one that has imported what is needed and done nothing: 20 ms, not 2 s."""
 
     def __init__(self) -> None:
         multiprocessing.set_forkserver_preload(["vcache.engine", "tests.processes.content"])
@@ -156,7 +156,7 @@ class Worker:
         self._pipe.send((name, arguments, keywords))
 
     def result(self, deadline_s: float = DEADLINE_S) -> Any:
-        """What the earliest `send` that was not waited for came to. Raises AssertionError if it failed there."""
+        """What the earliest `send` not waited for came to. Raises AssertionError if it failed there."""
         assert self._pipe.poll(deadline_s), f"worker {self.pid} did not answer within {deadline_s} s"
         done, value = self._pipe.recv()
         assert done, value
@@ -178,7 +178,7 @@ class Worker:
 
     def wait_stopped(self) -> None:
         """Wait until all its threads have stopped (it may stop itself: `stop_at`)."""
-        eventually(lambda: _all_stopped(self.pid), f"worker {self.pid} stops")
+        eventually(lambda: all_stopped(self.pid), f"worker {self.pid} stops")
 
     def wake(self) -> None:
         """SIGCONT."""
@@ -204,6 +204,7 @@ class Worker:
         assert not self.process.is_alive()
 
 
-def _all_stopped(pid: int) -> bool:
-    states = [path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")]
-    return all(state in "Tt" for state in states)
+def all_stopped(pid: int) -> bool:
+    """Whether all threads of a process are stopped."""
+    threads = Path(f"/proc/{pid}/task").glob("*/stat")
+    return all(path.read_text().rpartition(")")[2].split()[0] == "T" for path in threads)

@@ -1,8 +1,8 @@
 """What a pool may do, seen from outside: clients, their memory, and who may find, read and write what.
 
-The model knows what every client knows, and the bytes: `Memory` holds for each 4 KiB of a segment the stamp of
-who wrote it last. It never predicts which chunk is evicted; it learns that from the directory, and checks that it
-was allowed.
+The model knows what every client knows, and the bytes: `Memory` holds for each 4 KiB of a segment the stamp
+of who wrote it last. It never predicts which chunk is evicted; it learns that from the directory, and checks
+that it was allowed.
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ class Chunk:
 
 @dataclass
 class Late:
-    """A request that is under way, or that its client has given up and that may still arrive.
+    """A request that is under way, or its answer; its client may have given it up.
 
-    hanging: reservations, as in `Client.reserved`, whose fate its answer decides.
+    hanging: reservations, as in `Client.reserved`, whose fate its answer decides. What the answer gives, once
+    the server has made it: reserved, pinned, leased.
     """
 
     rid: int
@@ -68,6 +69,17 @@ class Late:
     ask: Request
     hanging: dict[Handle, tuple[Place, int]]
     given_up: bool = False
+    done: bool = False
+    reserved: dict[Handle, tuple[Place, int]] = field(default_factory=dict)
+    pinned: dict[Handle, Chunk] = field(default_factory=dict)
+    leased: tuple[int, dict[Handle, Chunk]] | None = None
+
+    def forget_segment(self, segment: int) -> None:
+        """The segment has gone."""
+        for held in (self.hanging, self.reserved):
+            for handle in [handle for handle, (place, _) in held.items() if place.segment == segment]:
+                del held[handle]
+        self.pinned = {h: chunk for h, chunk in self.pinned.items() if chunk.place.segment != segment}
 
 
 @dataclass
@@ -95,8 +107,18 @@ class Client:
         return min(waiting, default=self.rid + 1) - 1
 
     def pinned(self) -> Iterator[Chunk]:
-        for held in self.pins.values():
+        """What it has pinned, or will know of when the answer is there."""
+        for held in (*self.pins.values(), *(late.pinned for late in self.under_way if not late.given_up)):
             yield from held.values()
+
+    def writable(self) -> Iterator[Place]:
+        """What it may write to, or will know of when the answer is there."""
+        for place, _ in self.reserved.values():
+            yield place
+        for late in self.under_way:
+            if not late.given_up:
+                for place, _ in (late.reserved if late.done else late.hanging).values():
+                    yield place
 
     def forget_segment(self, segment: int) -> None:
         """The segment has gone: nothing of it is ours any more, and nothing of it is read."""
@@ -106,7 +128,7 @@ class Client:
             if not self.pins[rid]:
                 del self.pins[rid]
         for late in self.under_way:
-            late.hanging = {h: each for h, each in late.hanging.items() if each[0].segment != segment}
+            late.forget_segment(segment)
 
 
 class Memory:

@@ -30,8 +30,8 @@ class RawConnection:
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.connect(str(path))  # blocking: a full backlog is waited for
         self.socket.settimeout(DEADLINE_S)
-        self.socket.connect(str(path))
 
     def send(self, packet: bytes | FromClient, fds: Sequence[int] = ()) -> None:
         """Send one packet; a message is encoded first."""
@@ -125,6 +125,12 @@ class RawPeer:
         self.connection = RawConnection(self.runtime.session_path)
         self.greet(lineage=self.welcome.lineage)
 
+    def come_back(self) -> None:
+        """Begin anew with the server that is there now, which is another one."""
+        self.channel.close()
+        self.channel = RawChannel(self.runtime.rpc_endpoint)
+        self.reconnect()
+
     def frame(self, request: Request, rid: int = 0, **instead: object) -> bytes:
         """The frame of a request; rid 0: the next one."""
         self.last_rid = rid or self.last_rid + 1
@@ -149,6 +155,32 @@ class RawPeer:
     def refused(self, request: Request, rid: int = 0) -> protocol.Error:
         """Make a request that is refused."""
         return self.ask(request, protocol.Error, rid)
+
+    # -- requests in short
+
+    def lend(self, size: int) -> int:
+        """Lend a segment with room for `size` bytes of extents (of which there is no memory); its number."""
+        offset = 4096
+        self.connection.send(
+            protocol.Attach(1, b"", os.urandom(16), 1, "shm:0", offset + size, offset)
+        )
+        return self.connection.receive(protocol.Attached).segment
+
+    def reserve(self, *keys: bytes, count: int = 0, size: int = 4096) -> protocol.Extents:
+        """The extents granted."""
+        request = protocol.Reserve(LAYOUT, size, b"".join(keys), count)
+        return protocol.unpack(self.ask(request, protocol.Reserved).extents, protocol.EXTENT)
+
+    def commit(self, extents: protocol.Extents, keys: Sequence[bytes]) -> bytes:
+        """The outcomes of binding these keys to whole extents."""
+        lengths = extents["length"].astype("<u8").tobytes()
+        request = protocol.Commit(self.handles(extents), b"".join(keys), lengths, NAMESPACE)
+        return self.ask(request, protocol.Committed).outcomes
+
+    @staticmethod
+    def handles(extents: protocol.Extents) -> bytes:
+        """Extents as their owner names them."""
+        return protocol.pack_handles(extents["index"], extents["generation"])
 
     def close(self) -> None:
         """End the session in order."""

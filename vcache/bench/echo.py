@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,18 +53,20 @@ def echo(folder: Path) -> Iterator[Echo]:
 
 
 def serve(endpoint: str) -> None:
-    """Send everything back to where it came from, until standard input ends."""
+    """Send everything back to where it came from, until standard input ends.
+
+    Another thread waits for that: a poll of both in this loop would make the echo slower than a bare one.
+    """
+    threading.Thread(target=_end_with_input, daemon=True).start()
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
-        router.linger = 0
         router.bind(endpoint)
-        poller = zmq.Poller()
-        poller.register(router, zmq.POLLIN)
-        poller.register(sys.stdin.fileno(), zmq.POLLIN)
         while True:
-            ready = dict(poller.poll())
-            if sys.stdin.fileno() in ready:
-                return
             router.send_multipart(router.recv_multipart())
+
+
+def _end_with_input() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)  # the other thread is in a receive that nothing ends
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def check_gpus(config: Config) -> Iterator[Finding]:
             facts={"uuid": gpu_uuid(ordinal), "name": name},
         )
     pairs = list(_pairs(count))
-    yield from _judge(pairs)
+    yield from judge(pairs)
 
 
 def _pairs(count: int) -> Iterator[Pair]:
@@ -118,7 +118,7 @@ def _pairs(count: int) -> Iterator[Pair]:
                     yield Pair(*names, access, probed.error, probed.gbytes_per_s)
 
 
-def _judge(pairs: list[Pair]) -> Iterator[Finding]:
+def judge(pairs: list[Pair]) -> Iterator[Finding]:
     """One finding of all pairs, and one of each that failed."""
     facts: dict[str, object] = {"pairs": [dict(vars(pair)) for pair in pairs]}
     for pair in pairs:

@@ -7,10 +7,12 @@ a server, comes back to one that was restarted, and takes new memory where that 
 from __future__ import annotations
 
 import argparse
+import logging
 import mmap
 import os
 import queue
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +26,12 @@ from vcache.client import Client
 from vcache.config import Config, parse_size
 from vcache.errors import ArgumentError, ServerError
 from vcache.limits import SEGMENT_ALIGN_BYTES
+from vcache.logs import Line
 from vcache.protocol import ErrorCode
 from vcache.room import default_segment_bytes, memory_room
 from vcache.segment import Segment, allocate, parse_device
+
+_log = logging.getLogger(__name__)
 
 _LOOK_S = 0.5
 """How often it looks whether it was told to end while it waits for the segment to be lent."""
@@ -103,7 +108,11 @@ class _Holder:
                 number = self._wait_lent(client)
                 if self._told.is_set():
                     return Exit.OK
-                self._say(number, as_json=as_json)
+                try:
+                    self._say(number, as_json=as_json)
+                except BrokenPipeError:  # whoever started us reads no more: the pool still needs us
+                    _log.info(Line("nobody reads our output any more", segment=number))
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         finally:
             client.close()
 

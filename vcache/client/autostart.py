@@ -46,10 +46,8 @@ def start_server(config: Config, runtime: RuntimeDir) -> bool:
         lock = OwnerLock(path, mode=runtime.file_mode)
         if not lock.try_acquire():
             return False
-    except (
-        LocalStateError,
-        ConfigError,
-    ) as error:  # another client of this very process is at it; or no right to
+    except (LocalStateError, ConfigError) as error:
+        # Another client of this very process is at it, or we have no right to.
         _log.debug("autostart: %s", error)
         return False
     try:
@@ -57,6 +55,9 @@ def start_server(config: Config, runtime: RuntimeDir) -> bool:
             return False
         _mark_tried(path)
         return _launch(config, runtime)
+    except OSError as error:
+        _log.error("no metadata server could be started: %s", error)
+        return False
     finally:
         lock.release()
 

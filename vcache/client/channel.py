@@ -128,16 +128,19 @@ class Connection:
         return decode_reply(body)
 
     def tell(self, request: Request, rid: int) -> bool:
-        """Send a request that is not answered; False if it cannot be sent at once."""
+        """Send a request that is not answered; False if it cannot be sent. Raises Unavailable."""
         frame = encode_request(request, rid=rid, session=self.session, token=self.token, epoch=self.epoch)
         channel = self._take()
         try:
-            channel.socket.send(frame, zmq.NOBLOCK)
+            # A new channel takes a moment to connect.
+            sent = bool(channel.socket.poll(REQUEST_SLICE_MS, zmq.POLLOUT))
+            if sent:
+                channel.socket.send(frame, zmq.NOBLOCK)
         except zmq.ZMQError:
             channel.close()
             return False
         self._give(channel)
-        return True
+        return sent
 
     def new_channel(self) -> Channel:
         """A channel of one's own, not from the pool. Raises Unavailable."""

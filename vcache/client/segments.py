@@ -45,7 +45,6 @@ class _Lineage:
         self.number = number
         self.ready: dict[int, Memory] = {}
         self.entries: dict[int, _Entry] = {}
-        self.retiring = 0
 
 
 class Segments:
@@ -59,6 +58,7 @@ class Segments:
         self._own_device = own_device if own_device.startswith("cuda") else None
         self._changed = threading.Condition()
         self._now = _Lineage(0)
+        self._retiring = 0
 
     # -- for engine threads
 
@@ -119,6 +119,9 @@ class Segments:
             return map_segment(descriptor, entry.fd, own_device=self._own_device)
         except (SegmentError, RemoteProtocolError) as error:
             _log.warning("segment %d cannot be mapped: %s", number, error)
+            return None
+        except Exception:  # of a driver: a miss too, and nobody may wait for this thread for ever
+            _log.exception("segment %d cannot be mapped", number)
             return None
         finally:
             _close(entry)
@@ -207,7 +210,7 @@ class Segments:
     @property
     def retiring(self) -> int:
         """How many mappings wait for their copies to end."""
-        return self._now.retiring
+        return self._retiring
 
     def mapped(self) -> list[int]:
         """The numbers of peers' segments that are mapped."""
@@ -223,11 +226,11 @@ class Segments:
 
     def _retire(self, lineage: _Lineage, number: int, memory: MappedSegment) -> None:
         with self._changed:
-            lineage.retiring += 1
+            self._retiring += 1
 
         def unmapped() -> None:
             with self._changed:
-                lineage.retiring -= 1
+                self._retiring -= 1
             self._let_go(lineage, number)
 
         memory.retire(unmapped)

@@ -29,7 +29,13 @@ from vcache.client.segments import Segments
 from vcache.client.wire import Received, ServerAbsent, SessionRefused, Wire, close_all
 from vcache.config import Config
 from vcache.errors import ConfigError, RemoteProtocolError, Unavailable
-from vcache.limits import CLOSE_WAIT_S, RECONNECT_PAUSE_MAX_S, RECONNECT_PAUSE_MIN_S, VERSION_RETRY_S
+from vcache.limits import (
+    AUTOSTART_PATIENCE_S,
+    CLOSE_WAIT_S,
+    RECONNECT_PAUSE_MAX_S,
+    RECONNECT_PAUSE_MIN_S,
+    VERSION_RETRY_S,
+)
 from vcache.protocol import (
     PROTOCOL_VERSION,
     Attached,
@@ -81,6 +87,7 @@ class Session:
         self._tenure = 0
         self._pause_s = RECONNECT_PAUSE_MIN_S
         self._logged = ""
+        self._absent_since_s = math.inf
         self._stop_at_s: float | None = None
         self._thread = threading.Thread(target=self._run, name=f"vcache-session-{name}", daemon=True)
 
@@ -214,6 +221,7 @@ class Session:
         line = self.ledger.resume(void=not resumed)
         self._pause_s = RECONNECT_PAUSE_MIN_S
         self._logged = ""
+        self._absent_since_s = math.inf
         return Connection(
             context=self._context,
             endpoint=self._runtime.rpc_endpoint,
@@ -316,19 +324,25 @@ class Session:
                 os.eventfd_read(self._wake_fd)
 
     def _failed(self, error: Exception) -> None:
-        """Log why there is no session, once for each cause; an other version is an error that a person must
-        mend.
+        """Log why there is no session, once for each cause; another version is an error that a person must
+        mend, and a server that is just being started is none.
         """
         if isinstance(error, RemoteProtocolError):
             self.counters["protocol_errors"] += 1
         text = str(error)
-        is_version = isinstance(error, SessionRefused) and error.code == ErrorCode.VERSION
-        if is_version:
-            self._pause_s = VERSION_RETRY_S
         self.breaker.trip(None, text)
+        level = logging.WARNING
+        if isinstance(error, SessionRefused) and error.code == ErrorCode.VERSION:
+            self._pause_s = VERSION_RETRY_S
+            level = logging.ERROR
+        now_s = time.monotonic()
+        self._absent_since_s = min(self._absent_since_s, now_s)
+        if isinstance(error, ServerAbsent) and self._config.server.autostart:
+            if now_s - self._absent_since_s < AUTOSTART_PATIENCE_S:
+                return
+            text += f"; see {self._runtime.log_path}"
         if text != self._logged:
             self._logged = text
-            level = logging.ERROR if is_version else logging.WARNING
             _log.log(level, "%s: %s; requests are misses, trying again in the background", self._name, text)
 
     def _clean_up(self) -> None:

@@ -15,8 +15,6 @@ from vcache.config import Config
 from vcache.engine.arguments import (
     Transfer,
     check_identity,
-    checked_key,
-    checked_keys,
     checked_tokens,
     loaded_config,
 )
@@ -167,13 +165,13 @@ class VCacheEngine:
             handle = self._operations.submit(retriever)
             return finished(retriever()) if handle is None else handle
 
-    # -- the pages form, for connectors that have keys of their own
+    # -- the pages form, for connectors with keys of their own, which are bound to model, layout, rank, tenant
 
     def lookup_pages(self, keys: Sequence[bytes]) -> int:
         """How many leading chunks of `keys` are in the pool or a lower tier."""
         with self._gate.call(), self._counters.seconds("lookup_seconds"):
             self._transfers.require_form("pages", "lookup")
-            checked = checked_keys(keys)
+            checked = self._transfers.bound_keys(keys)
             hit = self._lookup.prefix(checked)
             tokens = self._layout.chunk_tokens
             self._counters.add(
@@ -215,9 +213,9 @@ class VCacheEngine:
     # -- both
 
     def contains(self, cache_key: bytes) -> Location:
-        """Where the chunk of `cache_key` is."""
+        """Where a chunk is. cache_key: one of `KeyChain.keys`; in the pages form the engine's own key."""
         with self._gate.call():
-            return self._lookup.where(checked_key(cache_key, "cache_key"))
+            return self._lookup.where(self._transfers.bound_key(cache_key, "cache_key"))
 
     @property
     def layout(self) -> KVLayout:

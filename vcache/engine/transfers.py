@@ -14,6 +14,7 @@ from torch import Tensor
 from vcache.engine.arguments import (
     Transfer,
     checked_ids,
+    checked_key,
     checked_keys,
     checked_tensors,
     checked_tokens,
@@ -44,6 +45,15 @@ class Transfers:
         """The keys of the chunks of `tokens`."""
         return self._chain.keys(tokens, self._layout.chunk_tokens, partial=self._partial)
 
+    def bound_keys(self, keys: Any) -> list[bytes]:
+        """The chunk keys that stand for an engine's own keys."""
+        return [self._chain.bind(key) for key in checked_keys(keys)]
+
+    def bound_key(self, key: Any, field: str) -> bytes:
+        """`key` as the pool knows it: a chunk key in the tokens form, an engine's own in the pages form."""
+        checked = checked_key(key, field)
+        return checked if self._layout.form == "tokens" else self._chain.bind(checked)
+
     def of_tokens(
         self, tokens: Any, *, mask: Any, offset: Any, kvcaches: Any, slot_mapping: Any
     ) -> tuple[Transfer, NDArray[np.bool_], int]:
@@ -62,8 +72,8 @@ class Transfers:
         return transfer, slots.numpy() >= 0, masked
 
     def of_pages(self, keys: Any, *, kvcaches: Any, pages: Any) -> Transfer:
-        """Whole chunks, given by key, of `pages_per_chunk` pages each."""
-        checked = checked_keys(keys)
+        """Whole chunks, given by the engine's own keys, of `pages_per_chunk` pages each."""
+        checked = self.bound_keys(keys)
         paged = self._described.describe(kvcaches)
         per_chunk = self._layout.pages_per_chunk
         per = f"page, {per_chunk} per key"
