@@ -4,7 +4,6 @@
 #   TORCH_VERSION=2.13.0        another PyTorch
 #   TORCH="torch==2.13.0 --index-url https://…"    the pip arguments that install PyTorch, as they are
 #   EXTRAS=dev,cuda12           other extras of pyproject.toml
-#   TIER=rocksdb                make demo: the lower tier to show
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c

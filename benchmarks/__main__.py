@@ -52,7 +52,6 @@ def write(tables: dict[str, list[Figure]]) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 0, or with `--strict` 1 if a wanted bound was missed."""
     asked = arguments(argv)
-    logging.getLogger("vcache").setLevel(logging.ERROR)  # servers are killed on purpose here
     out, errors = console(), Console(stderr=True)
     tables: dict[str, list[Figure]] = {}
     for name in asked.parts or PARTS:
@@ -69,4 +68,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("vcache").setLevel(logging.ERROR)  # servers are killed on purpose here
     sys.exit(main())

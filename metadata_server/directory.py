@@ -37,7 +37,7 @@ class Policy:
     eviction: Literal["lru", "s3fifo"] = "lru"
     default_ttl_ms: int = 0
     lease_ms: int = 5_000
-    pinned_bytes_max: int = 8 * limits.GIB
+    pinned_bytes_max: int = limits.PINNED_BYTES_MAX_DEFAULT
 
 
 class Directory:
@@ -60,6 +60,9 @@ class Directory:
         self._layout_of = np.zeros(table.capacity, np.int32)
         self._slab_of = np.zeros(table.capacity, np.int32)
         self._slab_used_ns: dict[int, int] = {}
+        # What an acquire answers for each committed extent, ready to be sent.
+        self._grants = np.zeros(table.capacity, EXTENT)
+        self._unbooked: tuple[Holdings, int, Indices, int] | None = None
         self._handlers: dict[type[Any], Callable[[Holdings, int, Any, int], protocol.Reply]] = {
             protocol.Reserve: self._reserve,
             protocol.Commit: self._commit,
@@ -78,12 +81,23 @@ class Directory:
         }
 
     def handle(self, session: int, rid: int, request: protocol.Request, now_ns: int) -> protocol.Reply:
-        """Answer one request. Raises Refusal (nothing has changed), RemoteProtocolError."""
+        """Answer one request. Raises Refusal (nothing has changed), RemoteProtocolError.
+
+        Call `catch_up` when the answer is on its way: what only later requests can see is done there.
+        """
         self.tick(now_ns)
         return self._handlers[type(request)](self.rights.of(session), rid, request, now_ns)
 
+    def catch_up(self) -> None:
+        """Book the lease and the use that the last answer granted, while its reader is busy with it."""
+        if self._unbooked is not None:
+            (mine, rid, indices, now_ns), self._unbooked = self._unbooked, None
+            self.rights.lease(mine, rid, indices, now_ns + self.policy.lease_ms * 1_000_000)
+            self._use(indices[::-1], now_ns)
+
     def tick(self, now_ns: int) -> None:
         """End leases and chunks whose time is up."""
+        self.catch_up()
         self.rights.expire_leases(now_ns)
         while self._expiries and self._expiries[0][0] <= now_ns:
             _, index, generation = heapq.heappop(self._expiries)
@@ -96,6 +110,7 @@ class Directory:
 
     def end_session(self, session: int) -> None:
         """The session is dead: everything it held is free. Its segments are the caller's to drop."""
+        self.catch_up()
         holdings = self.rights.sessions.get(session)
         if holdings is None:
             return
@@ -159,6 +174,7 @@ class Directory:
 
     def drop_segment(self, number: int) -> None:
         """End a segment's incarnation: its chunks are gone, nobody is granted its extents any more."""
+        self.catch_up()
         for slot in range(limits.SEGMENTS_MAX):
             if self.table.segment_in_use(slot) == number:
                 self.table.drop_segment(slot)
@@ -235,6 +251,8 @@ class Directory:
                 outcomes[at] = self._bind(
                     mine, index, keys[at], ask, lengths[at], expiry_ns, now_ns + len(keys) - at
                 )
+        bound = np.frombuffer(outcomes, np.uint8) == Outcome.COMMITTED
+        self.prepare_grants(handles["index"][bound].tolist())
         for rid in rids & mine.heads.keys():
             indices, generations = mine.heads[rid]
             same = self.rights.generations(indices) == generations
@@ -279,6 +297,10 @@ class Directory:
                 self._expiries = [each for each in self._expiries if self._is(*each[1:], State.COMMITTED)]
                 heapq.heapify(self._expiries)
 
+    def prepare_grants(self, indices: list[int]) -> None:
+        """Make ready what an acquire answers for these committed extents."""
+        self._grants[indices] = np.frombuffer(self._pack(indices, "length"), EXTENT)
+
     def set_layout(self, index: int, layout: bytes) -> None:
         """After a restart: remember under which layout an extent was reserved."""
         self._layout_of[index] = self._layout_number(layout)
@@ -303,7 +325,7 @@ class Directory:
 
     def _abort(self, mine: Holdings, rid: int, ask: protocol.Abort, now_ns: int) -> protocol.Reply:
         count = 0
-        for index, generation in protocol.unpack(ask.handles, HANDLE).tolist():
+        for index, generation in _handles(ask.handles).tolist():
             if index in mine.reservations and self.table.generation(index) == generation:
                 self._give_up(mine, index)
                 count += 1
@@ -374,15 +396,16 @@ class Directory:
         self.counters["wanted_chunks"] += len(keys)
         self.counters["hit_chunks"] += len(found)
         indices = np.array(found, np.intp)
-        self._use(indices[::-1], now_ns)
         if ask.pin:
+            self._use(indices[::-1], now_ns)
             indices, flags = self._within_quota(mine, indices, flags)
             if len(indices):
                 sizes = int(self.table.records["size"][indices].sum())
                 self.rights.pin(mine, rid, indices, self.rights.generations(indices), sizes)
         elif len(indices):
-            self.rights.lease(mine, rid, indices, now_ns + self.policy.lease_ms * 1_000_000)
-        return protocol.Acquired(self._pack(indices, "length"), flags, 0 if ask.pin else self.policy.lease_ms)
+            self._unbooked = mine, rid, indices, now_ns
+        extents = self._grants.take(indices).tobytes()
+        return protocol.Acquired(extents, flags, 0 if ask.pin else self.policy.lease_ms)
 
     def _nearest(self, index: int, near: int) -> int:
         for replica in self.replicas.get(self.table.key(index), ()):
@@ -405,7 +428,7 @@ class Directory:
 
     def _release(self, mine: Holdings, rid: int, ask: protocol.Release, now_ns: int) -> protocol.Reply:
         self.rights.end_lease(mine, ask.right)
-        part = dict(protocol.unpack(ask.handles, HANDLE).tolist()) if ask.handles else None
+        part = dict(_handles(ask.handles).tolist()) if ask.handles else None
         self._unpinned(self.rights.unpin(mine, ask.right, part))
         return protocol.Done()
 
@@ -523,7 +546,7 @@ class Directory:
         """Of each extent, whether it must stay: somebody may write or read it, or it is in `keep`."""
         indices = slab.indices
         states = self.table.word[indices] >> np.uint64(28) & np.uint64(0xF)
-        held: NDArray[np.bool_] = np.isin(states, (State.RESERVED, State.ORPHANED))
+        held: NDArray[np.bool_] = (states == State.RESERVED) | (states == State.ORPHANED)
         held |= self.table.pins[indices] > 0
         held |= self.rights.leases[indices] > 0
         if not keep.isdisjoint(indices):
@@ -605,6 +628,9 @@ class Directory:
     # reconciliation
 
     def _declare(self, mine: Holdings, rid: int, ask: protocol.Declare, now_ns: int) -> protocol.Reply:
+        if len(ask.pins) > limits.RIGHTS_PER_SESSION_MAX:
+            wanted = f"wanted at most {limits.RIGHTS_PER_SESSION_MAX}"
+            raise Refusal(ErrorCode.LIMIT, f"declare: got {len(ask.pins)} pins, {wanted}")
         if mine.awaited:
             self.rights.adopt_pins(mine, ask)
         reservations, pins = self.rights.surplus(mine, ask)
@@ -659,6 +685,7 @@ class Directory:
 
     def gauges(self) -> dict[str, float]:
         """Counters since the start, and what there is now."""
+        self.catch_up()
         holdings = self.rights.sessions.values()
         rooms = self.allocator.rooms.values()
         return {
@@ -674,7 +701,7 @@ class Directory:
             "table_full": float(self.allocator.table_full),
         }
 
-    def _pack(self, indices: Indices, length: Literal["size", "length"]) -> bytes:
+    def _pack(self, indices: Indices | list[int], length: Literal["size", "length"]) -> bytes:
         extents = np.zeros(len(indices), EXTENT)
         records = self.table.records[indices]
         extents["index"] = indices
@@ -689,6 +716,7 @@ class Directory:
 
     def check(self) -> None:
         """Prove that extents never overlap, that nothing leaks and that the table says what we believe."""
+        self.catch_up()
         self.allocator.check()
         self.rights.check()
         free = {index for slab in self.allocator.slabs.values() for index in slab.free}
@@ -731,3 +759,11 @@ def _keys(packed: bytes) -> list[bytes]:
     if len(keys) > limits.KEYS_PER_REQUEST_MAX:
         raise Refusal(ErrorCode.LIMIT, f"keys: got {len(keys)}, wanted at most {limits.KEYS_PER_REQUEST_MAX}")
     return keys
+
+
+def _handles(packed: bytes) -> protocol.Handles:
+    handles = protocol.unpack(packed, HANDLE)
+    if len(handles) > limits.RESERVATIONS_PER_SESSION_MAX:
+        wanted = f"wanted at most {limits.RESERVATIONS_PER_SESSION_MAX}"
+        raise Refusal(ErrorCode.LIMIT, f"handles: got {len(handles)}, {wanted}")
+    return handles

@@ -147,7 +147,7 @@ class S3FIFO:
                 touches[extent] += 1
 
     def refresh(self, extents: Sequence[int]) -> None:
-        pass  # the queues are by insertion, and to count this use twice would make every extent a frequent one
+        pass  # the queues are by insertion, and counting a use twice would make every extent a frequent one
 
     def remove(self, extent: int) -> None:
         if extent < len(self._touches) and self._touches[extent] != _OUT:

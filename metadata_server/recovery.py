@@ -64,6 +64,7 @@ def _find_slabs(directory: Directory, indices: NDArray[np.intp]) -> None:
 def _adopt(directory: Directory, run: list[int], segment: int, offset: int, size: int) -> None:
     room = directory.allocator.rooms.get(segment)
     if room is None:
+        directory.table.pins[run] = 0
         directory.allocator.dissolve_records(run)
         return
     if offset < room.begin or offset + size * len(run) > room.end:
@@ -83,6 +84,7 @@ def _take_up_extents(directory: Directory) -> None:
         for name in ("session", "rid", "layout", "used_ns", "expiry_s", "pins")
     ]
     states = _states(table, indices).tolist()
+    committed: list[int] = []
     for index, state, session, rid, layout, used_ns, expiry_s, pins in zip(
         indices.tolist(), states, *columns, strict=True
     ):
@@ -99,3 +101,5 @@ def _take_up_extents(directory: Directory) -> None:
             directory.rights.of(session).reservations[index] = rid
         elif state == State.COMMITTED:
             directory.adopt_chunk(index, table.key(index), used_ns, expiry_s * NS)
+            committed.append(index)
+    directory.prepare_grants(committed)

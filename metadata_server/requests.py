@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import logging
 import os
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -55,7 +56,8 @@ class Requests:
     """Answers request frames on behalf of one directory.
 
     statistics: builds the reply to `Stats`. shutdown: called for `Shutdown`. rebuild: called after an error
-    of our own, returns the directory to go on with, read anew from the table.
+    of our own, returns the directory to go on with, read anew from the table. still_ours: whether the table
+    is still this server's to give room from.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Requests:
         statistics: Callable[[], protocol.Statistics],
         shutdown: Callable[[], None],
         rebuild: Callable[[], Directory],
+        still_ours: Callable[[], bool],
     ) -> None:
         self.directory = directory
         self.epoch = epoch
@@ -77,6 +80,7 @@ class Requests:
         self._statistics = statistics
         self._shutdown = shutdown
         self._rebuild = rebuild
+        self._still_ours = still_ours
 
     def answer(self, frames: list[bytes], now_ns: int) -> bytes | None:
         """The reply to one message (the frames behind the sender's identity), None if it wants none."""
@@ -98,6 +102,8 @@ class Requests:
         except Exception as error:
             log.exception("a request failed by our own fault: the directory is read anew from the table")
             self.directory = self._rebuild()
+            # All sessions begin anew, so that each declares what it holds before it asks for anything else.
+            self.epoch = secrets.randbits(63) | 1
             return self._error(envelope.rid, ErrorCode.INTERNAL, f"{type(error).__name__}: {error}")
 
     def _answer(self, envelope: protocol.Envelope, now_ns: int) -> bytes | None:
@@ -112,8 +118,8 @@ class Requests:
                 raise Refusal(
                     ErrorCode.STALE, f"request {envelope.rid} was settled: the sender declared {settled}"
                 )
-            if self.draining and isinstance(request, protocol.Reserve):
-                raise Refusal(ErrorCode.DRAINING, "the server is ending")
+            if isinstance(request, protocol.Reserve):
+                self._check_may_grant()
         reply = self._handle(envelope, request, now_ns)
         self.answered += 1
         if isinstance(request, protocol.Release):
@@ -137,6 +143,16 @@ class Requests:
         if credentials is None or not hmac.compare_digest(credentials.token, envelope.token):
             raise Refusal(ErrorCode.TOKEN, "unknown session or wrong token: begin a new session")
         return credentials
+
+    def _check_may_grant(self) -> None:
+        """Room is what two servers must never give away from one table: nothing else is worth asking each
+        time.
+        """
+        if self.draining:
+            raise Refusal(ErrorCode.DRAINING, "the server is ending")
+        if not self._still_ours():
+            self.usurped = True
+            raise Refusal(ErrorCode.GONE, "this server lost its runtime directory to another one")
 
     def _handle(self, envelope: protocol.Envelope, request: protocol.Request, now_ns: int) -> protocol.Reply:
         if isinstance(request, protocol.Ping):

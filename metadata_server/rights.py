@@ -23,6 +23,8 @@ from vcache.table import ExtentTable
 
 Indices = NDArray[np.intp]
 
+_LEASE_ENDS_SPARE = 1_024
+
 
 @dataclass(eq=False)
 class Holdings:
@@ -56,6 +58,7 @@ class Rights:
         self.sessions: dict[int, Holdings] = {}
         self.leases: NDArray[np.int32] = np.zeros(table.capacity, np.int32)
         self._lease_ends: list[tuple[int, int, int]] = []
+        self._leases_held = 0
         self.inherited: set[int] = set()
 
     def of(self, session: int) -> Holdings:
@@ -75,13 +78,21 @@ class Rights:
         """Grant a lease under the name `rid`."""
         holdings.leases[rid] = indices
         self.leases[indices] += 1  # an extent named twice counts once, here and when it ends
+        self._leases_held += 1
         heapq.heappush(self._lease_ends, (ends_ns, holdings.session, rid))
+        if len(self._lease_ends) > 2 * self._leases_held + _LEASE_ENDS_SPARE:
+            self._lease_ends = [end for end in self._lease_ends if self._is_held(*end[1:])]
+            heapq.heapify(self._lease_ends)
+
+    def _is_held(self, session: int, rid: int) -> bool:
+        return session in self.sessions and rid in self.sessions[session].leases
 
     def end_lease(self, holdings: Holdings, rid: int) -> None:
         """End a lease; one that has ended already is fine."""
         indices = holdings.leases.pop(rid, None)
         if indices is not None:
             self.leases[indices] -= 1
+            self._leases_held -= 1
 
     def expire_leases(self, now_ns: int) -> None:
         """End the leases whose time is up."""
@@ -212,6 +223,7 @@ class Rights:
             assert holdings.pinned_bytes == sum(int(sizes[index]) for index in counted)
             assert holdings.pinned_count == len(counted)
         assert np.array_equal(leases, self.leases), "leases per extent do not add up"
+        assert self._leases_held == sum(len(holdings.leases) for holdings in self.sessions.values())
         for index in self._table.in_use().tolist():
             if index not in self.inherited:
                 assert int(self._table.pins[index]) == pins.get(index, 0), (

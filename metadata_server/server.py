@@ -11,7 +11,6 @@ import argparse
 import gc
 import logging
 import os
-import resource
 import secrets
 import signal
 import socket
@@ -26,6 +25,7 @@ import zmq
 
 from metadata_server import doorbell
 from metadata_server.connection import Connection
+from metadata_server.connections import Door, allow_descriptors
 from metadata_server.directory import Directory, Policy
 from metadata_server.errors import ServerConflict
 from metadata_server.recovery import restore
@@ -52,8 +52,6 @@ _DRAIN_MAX: Final = 10_000
 _DRAIN_QUIET_MS: Final = 10
 """After this long without a request an ending server has answered all that were sent to it."""
 _BACKLOG: Final = 128
-_DESCRIPTORS_MAX: Final = 1 << 16
-"""SESSIONS_MAX sessions with CHANNELS_IDLE_MAX channels each need half of them."""
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
@@ -97,14 +95,11 @@ class Server:
             statistics=lambda: statistics(self._requests, self._sessions, self._started_ns),
             shutdown=self.drain,
             rebuild=self._rebuild,
+            still_ours=self._lock.still_ours,
         )
         self._sessions = Sessions(self._requests, self._runtime, lambda: self._table_fd)
         self._sessions.take_over()
         self._bind()
-        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        watched = (self._listener.fileno(), self._sessions.epoll.fileno(), self._wake_read)
-        self._doorbell = doorbell.Doorbell(self._context, self._router, watched)
-        self._bell_waits = False
         self._busy_ns = time.monotonic_ns()
         chunks = len(directory.chunks)
         log.info(Line("ready", pid=os.getpid(), runtime_dir=self._runtime.path, warm=warm, chunks=chunks))
@@ -122,17 +117,21 @@ class Server:
         # A frame that is somewhat too large is answered, a larger one costs the connection.
         self._router.setsockopt(zmq.MAXMSGSIZE, 2 * limits.FRAME_BYTES_MAX)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        self._runtime.session_path.unlink(missing_ok=True)
         mask = os.umask(0o777 & ~self._runtime.file_mode)
         try:
-            self._router.bind(self._runtime.rpc_endpoint)
-            self._runtime.session_path.unlink(missing_ok=True)
             self._listener.bind(str(self._runtime.session_path))
         finally:
             os.umask(mask)
         self._listener.listen(_BACKLOG)
-        self._inodes = {
-            path: path.stat().st_ino for path in (self._runtime.rpc_path, self._runtime.session_path)
-        }
+        self._session_inode = self._runtime.session_path.stat().st_ino
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        watched = (self._listener.fileno(), self._sessions.epoll.fileno(), self._wake_read)
+        # Before the door is open: nobody else can take the bell's routing id then.
+        self._doorbell = doorbell.Doorbell(self._context, self._router, watched)
+        self._bell_waits = False
+        path, mode = self._runtime.rpc_path, self._runtime.file_mode
+        self._door = Door(self._router, self._runtime.rpc_endpoint, path, mode)
 
     def _rebuild(self) -> Directory:
         """The directory anew from the table, after an error of our own; sessions go on and declare what they
@@ -184,6 +183,7 @@ class Server:
                 self._router.send_multipart((sender, reply), zmq.NOBLOCK)
             except zmq.Again:
                 log.warning(Line("a client does not read its answers: one was dropped", bytes=len(reply)))
+        self._requests.directory.catch_up()
 
     def _answer_the_rest(self) -> None:
         """Draining: answer what was sent already."""
@@ -197,8 +197,8 @@ class Server:
             return
 
     def _accept(self) -> bool:
-        """Take up who waits at the session socket; False if some have to wait: until the next tick, or we would try
-        for ever.
+        """Take up who waits at the session socket; False if some have to wait: until the next tick, or we
+        would try for ever.
         """
         try:
             while True:
@@ -221,9 +221,9 @@ class Server:
         elif self._idle_exit_s and now_ns - self._busy_ns > self._idle_exit_s * 1e9:
             log.info(Line("no session for a while: ending", idle_s=self._idle_exit_s))
             self._requests.draining = True
-        if not self._lock.still_ours() or not all(
-            _is_inode(path, inode) for path, inode in self._inodes.items()
-        ):
+        self._door.tick()
+        ours = self._lock.still_ours() and self._door.still_ours()
+        if not ours or not _is_inode(self._runtime.session_path, self._session_inode):
             log.error(
                 Line(
                     "the lock or a socket of this server was taken away: ending",
@@ -286,16 +286,6 @@ def _table_and_directory(
     return table, Directory(table, policy), False
 
 
-def _allow_descriptors() -> None:
-    """Raise the soft limit of open files as far as it goes: sessions take three each, and ZeroMQ, of which every
-    thread of a client is a connection, aborts the process when it gets none.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _DESCRIPTORS_MAX if hard == resource.RLIM_INFINITY else min(_DESCRIPTORS_MAX, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vcache-metadata",
@@ -325,6 +315,7 @@ class _Start:
     config: Config
     idle_exit_s: float
     check_only: bool
+    autostarted: bool
 
 
 def _read_start(arguments: Sequence[str] | None) -> _Start:
@@ -342,7 +333,8 @@ def _read_start(arguments: Sequence[str] | None) -> _Start:
     ).config
     # A server that somebody started on purpose stays; one that a client started goes when nobody needs it.
     asked = options.autostarted or options.idle_exit_s is not None
-    return _Start(config, config.server.idle_exit_s if asked else 0.0, options.check_config)
+    idle_exit_s = config.server.idle_exit_s if asked else 0.0
+    return _Start(config, idle_exit_s, options.check_config, options.autostarted)
 
 
 def _on_ending_signals(act: Callable[[int], None]) -> None:
@@ -357,9 +349,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if start.check_only:
             return EXIT_OK
         logs.configure(start.config.log.level, start.config.log.format, start.config.log.file)
-        # A client that was bound to one core started us: its limits are not ours.
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
-        _allow_descriptors()
+        allow_descriptors()
+        if start.autostarted:
+            # The client that started us may be bound to one core: its limits are not ours.
+            os.sched_setaffinity(0, range(os.cpu_count() or 1))
         asked_to_end: list[int] = []  # while it starts: then it ends as soon as it can do so in order
         _on_ending_signals(asked_to_end.append)
         server = Server(start.config, idle_exit_s=start.idle_exit_s)

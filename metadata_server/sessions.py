@@ -113,8 +113,9 @@ class Sessions:
                 self._end_segment(number, 0, 0)
 
     def bury_awaited(self) -> None:
-        """End the awaited sessions that have died meanwhile."""
-        for session in self.awaited():
+        """End the sessions without a connection that have died, or ended where nobody heard it, meanwhile."""
+        gone = {peer.session for peer in self.peers.values() if peer.connection is None}
+        for session in self.awaited() | gone:
             if not self._may_live(session):
                 self._end(session)
 
@@ -129,7 +130,7 @@ class Sessions:
     # -- events
 
     def accept(self, connection: Connection) -> None:
-        """Take up a connection; it is nobody's until its Hello. Of too many such ones the oldest is closed."""
+        """Take up a connection; it is nobody's until its Hello. Of too many such ones the oldest goes."""
         self._connections[connection.fileno()] = self._silent[connection.fileno()] = connection
         self.epoll.register(connection.fileno(), select.EPOLLIN)
         if len(self._silent) > limits.SILENT_CONNECTIONS_MAX:

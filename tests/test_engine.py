@@ -492,9 +492,16 @@ def test_an_engines_own_keys_are_bound_to_model_rank_tenant_and_adapter(
 ) -> None:
     """A block hash says which tokens, not whose KV: equal keys of other engines must miss."""
     layout = KVLayout(
-        num_layers=1, num_kv_heads=1, head_size=8, dtype="float32", chunk_tokens=4, form="pages", page_tokens=4,
-        page_bytes=2 * 4 * 8 * 4, page_format="test",
-    )  # fmt: skip
+        num_layers=1,
+        num_kv_heads=1,
+        head_size=8,
+        dtype="float32",
+        chunk_tokens=4,
+        form="pages",
+        page_tokens=4,
+        page_bytes=2 * 4 * 8 * 4,
+        page_format="test",
+    )
     keys, pages = [b"k" * 32], [torch.randn(2, 2, 4, 1, 8)]
     with make(pool, layout=layout, kv_axes="pkshd") as engine:
         assert engine.store_pages(keys, kvcaches=pages, pages=[1]) == 1

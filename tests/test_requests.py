@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import pytest
@@ -32,13 +32,16 @@ class Server:
     def __init__(self, path: Path) -> None:
         self.pool = Pool(path, segments=(ROOM * 4 * KIB,))
         self.rebuilt = 0
+        self.ours = True
         self.ended = 0
+        self.ours = True
         self.requests = Requests(
             self.pool.directory,
             EPOCH,
             statistics=lambda: protocol.Statistics({"x": 1.0}, [], [], {}),
             shutdown=self._shutdown,
             rebuild=self._rebuild,
+            still_ours=lambda: self.ours,
         )
         self.tokens = {session: session.to_bytes(TOKEN_BYTES, "big") for session in (1, 2)}
         for session, token in self.tokens.items():
@@ -59,8 +62,9 @@ class Server:
         return self.pool.directory
 
     def frame(self, request: Request, rid: int, session: int = 1) -> bytes:
-        token = self.tokens[session]
-        return protocol.encode_request(request, rid=rid, session=session, token=token, epoch=EPOCH)
+        return protocol.encode_request(
+            request, rid=rid, session=session, token=self.tokens[session], epoch=self.requests.epoch
+        )
 
     def send(self, *frames: bytes) -> bytes | None:
         self.pool.now_ns += 20_000
@@ -185,6 +189,15 @@ def test_a_version_error_says_both_versions(server: Server) -> None:
 def test_a_server_that_lost_its_directory_grants_nothing(server: Server) -> None:
     server.requests.usurped = True
     server.refused(server.send(server.frame(protocol.Ping(), 1)), 1, ErrorCode.GONE)
+
+
+def test_a_server_whose_lock_was_taken_gives_no_room_and_then_nothing(server: Server) -> None:
+    store(server, 1)
+    server.ours = False
+    server.ask(protocol.Lookup(keys(1), layout(1)), 3, protocol.Found)
+    reserve = protocol.Reserve(layout(1), 4 * KIB, b"", 1)
+    server.refused(server.send(server.frame(reserve, 4)), 4, ErrorCode.GONE)
+    server.refused(server.send(server.frame(protocol.Ping(), 5)), 5, ErrorCode.GONE)
 
 
 def test_a_draining_server_reserves_nothing_but_takes_what_is_committed(server: Server) -> None:
@@ -404,23 +417,39 @@ def test_extreme_numbers_are_answered_and_hurt_nobody(request_: Request, server:
     assert server.pool.directory.rights.sessions[2].pinned_count == 1
 
 
-def test_a_commit_that_fails_half_way_is_undone_by_reading_the_table_again(
+def _fails_once(method: Callable[..., bytes]) -> Callable[..., bytes]:
+    failures = [ZeroDivisionError("of the test")]
+
+    def once(*arguments: Any) -> bytes:
+        if failures:
+            raise failures.pop()
+        return method(*arguments)
+
+    return once
+
+
+def test_a_request_that_fails_half_way_is_mended_by_reading_the_table_again(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error of our own: its sender is told, and everybody else goes on with what the table says."""
+    """An error of our own: its sender is told, and all sessions begin anew with what the table says."""
     store(server, 1)
     pinned = server.ask(protocol.Acquire(keys(1), layout(1), pin=True), 3, protocol.Acquired, session=2)
+    late = server.frame(protocol.Lookup(keys(1), layout(1)), 5)
     with monkeypatch.context() as broken:
-        broken.setattr(Directory, "_pack", lambda *_: 1 / 0)
+        broken.setattr(Directory, "_pack", _fails_once(Directory._pack))
         frame = server.frame(protocol.Reserve(layout(1), 4 * KIB, b"", 2), 4)
         server.refused(server.send(frame), 4, ErrorCode.INTERNAL)
     assert server.rebuilt == 1
+    server.refused(server.send(late), 5, ErrorCode.EPOCH)
     assert server.pool.directory.gauges()["reservations"] == 2, "the table says so; a declaration tells"
-    assert server.ask(protocol.Declare(4, b"", []), 5, protocol.Done).count == 2
+    assert (
+        len(server.ask(protocol.Reserve(layout(1), 4 * KIB, b"", 9), 6, protocol.Reserved).extents) == 5 * 32
+    )
+    assert server.ask(protocol.Declare(6, b"", []), 7, protocol.Done).count == 2 + 5
     pins = [protocol.Right(3, handles(protocol.unpack(pinned.extents, EXTENT)))]
     assert server.ask(protocol.Declare(3, b"", pins), 4, protocol.Done, session=2).count == 0
     assert server.pool.directory.rights.sessions[2].pinned_count == 1
-    assert server.ask(protocol.Lookup(keys(1), layout(1)), 6, protocol.Found).prefix == 1
+    assert server.ask(protocol.Lookup(keys(1), layout(1)), 8, protocol.Found).prefix == 1
 
 
 def test_a_check_that_fails_is_an_answer(server: Server) -> None:

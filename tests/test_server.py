@@ -152,7 +152,12 @@ def test_directory_that_others_may_enter_is_refused(command: Commands) -> None:
 def test_help_tells_the_exit_codes(command: Commands) -> None:
     code, output, _ = command.run("--help")
     assert code == 0
-    for meaning in ("0 ended as asked", "2 wrong configuration", "3 another server", "4 the runtime directory"):
+    for meaning in (
+        "0 ended as asked",
+        "2 wrong configuration",
+        "3 another server",
+        "4 the runtime directory",
+    ):
         assert meaning in " ".join(output.split())
 
 

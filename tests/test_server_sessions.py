@@ -1,4 +1,6 @@
-"""The session socket: garbage, false claims and silence cost their sender the connection and nobody else anything."""
+"""The session socket: garbage, false claims and silence cost their sender the connection and nobody else
+anything.
+"""
 
 from __future__ import annotations
 
@@ -247,7 +249,9 @@ def test_server_without_descriptors_goes_on_when_it_has_some_again(pool: Pool, b
         pidfd = os.pidfd_open(os.getpid())
         strangers[0].send(hello(), [pidfd])
         os.close(pidfd)
-        assert strangers[0].receive(Refused).code == ErrorCode.INTERNAL, "there is none left to look at its lock"
+        assert strangers[0].receive(Refused).code == ErrorCode.INTERNAL, (
+            "there is none left to look at its lock"
+        )
         bystander.assert_unharmed()
     with RawPeer(pool.path) as peer:
         assert peer.pong()

@@ -193,7 +193,8 @@ def test_a_table_on_tmpfs_is_found_again_however_far_it_was_used() -> None:
 def test_ensure_says_no_where_no_memory_is_to_be_had(path: Path) -> None:
     table = ExtentTable.create(path, 100_000, boot=BOOT)
     assert table.ensure(10_000)
-    writable, table.fd = table.fd, os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # as if its file system were full
+    # As if its file system were full:
+    writable, table.fd = table.fd, os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     assert not table.ensure(30_000)
     assert table.ensure(10_000)
     table.cut(9_999, 1, 0, 4 * KIB)

@@ -1,6 +1,7 @@
 """VCache: a node's GPU memory as one pool of KV cache.
 
-Names are imported on first use, so that what needs no torch (the server, the command line's help) never loads it.
+Names are imported on first use, so that what needs no torch (the server, the command line's help) never loads
+it.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from msgspec import Meta, field
 from vcache.config_values import Bytes, checked, suggestion
 from vcache.config_values import parse_size as parse_size  # callers find it here
 from vcache.errors import ConfigError
-from vcache.limits import EXTENTS_MAX_DEFAULT, GIB
+from vcache.limits import EXTENTS_MAX_DEFAULT, PINNED_BYTES_MAX_DEFAULT
 
 DAY_S: Final = 86_400
 YEAR_S: Final = 365 * DAY_S
@@ -29,8 +29,8 @@ YEAR_S: Final = 365 * DAY_S
 Device = Annotated[
     str,
     Meta(
-        pattern=r"^(shm:[0-9]{1,4}|cuda:[0-9A-Za-z-]+)\Z",
-        extra={"wanted": "a device such as 'shm:0', 'cuda:0' or 'cuda:GPU-<uuid>'"},
+        pattern=r"^(shm|cuda):[0-9]{1,4}\Z",
+        extra={"wanted": "a device such as 'shm:0' or 'cuda:0'"},
     ),
 ]
 Text = Annotated[str, Meta(min_length=1)]
@@ -52,9 +52,8 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     default_ttl_s: Annotated[float, Meta(ge=0, le=10 * YEAR_S)] = 0.0
     # How long a reader may count on what it was granted: a few times the longest copy of one request.
     lease_ms: Annotated[int, Meta(ge=10, le=3_600_000)] = 5_000
-    # Per session. Pins have no deadline, so a limit is all that keeps one reader from holding the whole pool:
-    # this is a prompt of 32 k tokens of Llama-3-8B (128 KiB each).
-    pinned_bytes_max: Bytes = 4 * GIB
+    # Per session. Pins have no deadline, so a limit is all that keeps one reader from holding the whole pool.
+    pinned_bytes_max: Bytes = PINNED_BYTES_MAX_DEFAULT
     # Group that may use the pool too (sockets and table get mode 0660 instead of 0600); None: only this user.
     group: Text | None = None
 
@@ -191,6 +190,9 @@ _FIELDS: Final = dict(_known(Config))
 _NAMES: Final = {known.variable: name for name, known in _FIELDS.items()}
 _SECTIONS: Final = {name.split(".")[0] for name in _FIELDS if "." in name}
 _RESERVED: Final = {"VCACHE_CONFIG"}
+
+# msgspec learns a type when it first converts to it, and crashes if two threads have it do so at once.
+msgspec.convert({}, Config)
 
 
 def _flat(config: Config) -> Iterator[tuple[str, Any]]:

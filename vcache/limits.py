@@ -167,8 +167,9 @@ TIER_DRAIN_S: Final = 10.0
 broken one.
 """
 
-CHANNELS_IDLE_MAX: Final = 32
-"""ZeroMQ channels that a client keeps open between requests: one for each thread that makes requests at once.
+CHANNELS_IDLE_MAX: Final = 8
+"""ZeroMQ channels that a client keeps open between requests, one for each thread that makes some at once:
+each costs the server a descriptor, and a thread beyond these only the opening of a new one.
 """
 
 REQUEST_SLICE_MS: Final = 20
@@ -209,12 +210,14 @@ TTL_MS_MAX: Final = 10 * 365 * 86_400_000
 """A chunk's time to live: ten years; the extent table counts seconds since the boot in 32 bits."""
 
 FRAMES_WAITING_MAX: Final = 64
-"""Frames of one connection that wait at the server, in each direction: a client has a handful under way on one, and a
-flood of the largest frames takes a quarter of a gigabyte.
+"""Frames of one connection that wait at the server, in each direction: a client has a handful under way on
+one, and a flood of the largest frames takes a quarter of a gigabyte.
 """
 
 SILENT_CONNECTIONS_MAX: Final = 256
-"""Connections to the session socket that have not said Hello: twice its backlog, whose members all say it at once."""
+"""Connections to the session socket that have not said Hello: twice its backlog, whose members all say it at
+once.
+"""
 
 LAYOUTS_MAX: Final = 4_096
 """Layout fingerprints that the server remembers before it looks which of them are in use: far more than a
@@ -225,3 +228,9 @@ HEADS_PER_SESSION_MAX: Final = 64
 """Reserves of one session for which the server remembers what was there already: twice as many as a client
 has under way.
 """
+
+DESCRIPTORS_WANTED: Final = 16 * SESSIONS_MAX
+"""Open files that the server asks for: a session takes three, and one for each of its channels."""
+
+PINNED_BYTES_MAX_DEFAULT: Final = 4 * GIB
+"""Bytes that one session may pin unless configured: a prompt of 32 k tokens of Llama-3-8B (128 KiB each)."""

@@ -135,7 +135,7 @@ def _group_number(group: str) -> int:
     try:
         return int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
     except KeyError:
-        raise ConfigError(f"runtime_group: got {group!r}, wanted the name or number of a group") from None
+        raise ConfigError(f"server.group: got {group!r}, wanted the name or number of a group") from None
 
 
 def _make_private(path: Path, group: int | None) -> None:
@@ -175,7 +175,7 @@ def _objection(found: os.stat_result, group: int | None) -> str | None:
             return f"has mode {mode}, wanted 700 (nobody else may enter): chmod 700, or configure a group"
         return None
     if found.st_gid != group:
-        return f"belongs to group {found.st_gid}, wanted {group} (runtime_group)"
+        return f"belongs to group {found.st_gid}, wanted {group} (server.group)"
     if found.st_mode & 0o007:
         return f"has mode {mode}, wanted 770 (nobody outside the group may enter)"
     return None

@@ -320,7 +320,6 @@ class ExtentTable:
 
     def dissolve(self, index: int) -> None:
         """Any state → EMPTY, under a new generation: the record stands for no bytes any more."""
-        self._words[((_EXTENTS_AT + index * _RECORD_BYTES) >> 3) + 2] = 0
         self._store(index, self.generation(index) + 1, State.EMPTY)
 
     # -- segments

@@ -60,12 +60,19 @@ class Pool:
 
     # -- processes
 
+    def launch_server(self, *options: str) -> subprocess.Popen[bytes]:
+        """Start a metadata server; it is not waited for."""
+        command = [sys.executable, "-m", "metadata_server.server", "--runtime-dir", str(self.path), *options]
+        self.server = subprocess.Popen(command, cwd=ROOT, env=self.environment())
+        return self.server
+
     def start_server(self, *options: str) -> subprocess.Popen[bytes]:
         """Start a metadata server and wait until it answers."""
-        command = [sys.executable, "-m", "metadata_server.server", "--runtime-dir", str(self.path), *options]
-        self.server = server = subprocess.Popen(command, cwd=ROOT, env=self.environment())
+        server = self.launch_server(*options)
         # By its process: the observer may take a moment to notice that an earlier one has gone.
-        eventually(lambda: self.serving_pid() == server.pid or server.poll() is not None, "the server comes up")
+        eventually(
+            lambda: self.serving_pid() == server.pid or server.poll() is not None, "the server comes up"
+        )
         assert server.poll() is None, f"the server ended with {server.returncode}"
         return server
 

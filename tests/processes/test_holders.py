@@ -9,14 +9,13 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.processes.content import LAYOUT
 from tests.processes.pool import Pool
-from tests.processes.worker import DEADLINE_S, Worker, eventually
+from tests.processes.worker import DEADLINE_S, Worker, all_stopped, eventually
 
 CHUNK = LAYOUT.chunk_tokens
 PROMPT = 40 * CHUNK
@@ -169,7 +168,7 @@ def test_a_stopped_holder_is_no_hindrance(pool: Pool) -> None:
     writer = pool.engine(device="shm:0")
     writer.call("store", 1, PROMPT)
     holder.send_signal(signal.SIGSTOP)
-    eventually(lambda: _is_stopped(holder.pid), "the holder stops")
+    eventually(lambda: all_stopped(holder.pid), "the holder stops")
     readers = [reader_of(pool, 1), pool.engine(device="shm:1")]  # the second one maps it now
     writer.call("store", 2, PROMPT)
     assert all(reader.call("retrieve", 2, PROMPT) == (PROMPT, 0) for reader in readers)
@@ -179,10 +178,6 @@ def test_a_stopped_holder_is_no_hindrance(pool: Pool) -> None:
     for each in (writer, *readers):
         assert_lets_go(each, "shm:0")
     assert readers[0].call("retrieve", 2, PROMPT) == (0, 0)
-
-
-def _is_stopped(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def test_a_holder_that_comes_back_begins_empty(pool: Pool) -> None:

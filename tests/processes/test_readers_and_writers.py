@@ -17,7 +17,7 @@ import torch
 from tests.processes import breakpoints
 from tests.processes.content import LAYOUT, kv_of, prompt
 from tests.processes.pool import Pool
-from tests.processes.worker import Worker
+from tests.processes.worker import DEADLINE_S, Worker
 from vcache.client import Client, Grant
 from vcache.keys import KeyChain
 
@@ -33,8 +33,8 @@ IMPATIENT: dict[str, Any] = {
     "client.connect_timeout_ms": 200,
     "client.declare_interval_s": 60,
 }
-"""Of a client that is to be stopped past all deadlines: short ones. No declaration is under way when it stops,
-lest it takes the answer, late by its own sleep, for a server that does not answer.
+"""Of a client that is to be stopped past all deadlines: short ones. No declaration is under way when it
+stops, lest it takes the answer, late by its own sleep, for a server that does not answer.
 """
 PAST_ALL_S = 0.8
 """Longer than IMPATIENT's timeouts, LEASE_MS, and several ticks of the server's."""
@@ -279,7 +279,7 @@ def test_a_reader_stopped_while_the_server_is_killed_and_restarted(pool: Pool, l
     stopped_in_retrieve(pool, reader, "amid")
     pool.kill_server()
     pool.start_server()
-    assert lender.call("run", wait_connected)
+    wait_until_back(pool, lender)
     assert lender.call("lookup", 1, PROMPT) == PROMPT, "the pool is warm"
     rewrite(lender, 2)
     assert lender.call("lookup", 2, ALL) == ALL
@@ -392,7 +392,7 @@ def test_a_writer_stopped_while_the_server_is_killed_and_restarted(pool: Pool, l
     for restart in range(2):
         pool.kill_server()
         pool.start_server()
-        assert all(each.call("run", wait_connected) for each in (lender, reader))
+        wait_until_back(pool, lender, reader)
         rewrite(lender, 20 + restart)
         assert reader.call("retrieve", 20 + restart, ALL) == (ALL - PROMPT, 0)
         assert pool.counters()["reservations"] == 4
@@ -401,7 +401,7 @@ def test_a_writer_stopped_while_the_server_is_killed_and_restarted(pool: Pool, l
     hit, wrong = reader.call("retrieve", 1, PROMPT)
     assert (hit, wrong) == (writer.call("stats")["stored_chunks"] * CHUNK, 0)
     assert reader.call("retrieve", 21, ALL) == (ALL - PROMPT, 0), "it wrote over others' chunks"
-    assert writer.call("run", wait_connected)
+    wait_until_back(pool, writer)
     assert_all_usable(pool, lender)
 
 
@@ -412,7 +412,7 @@ def test_a_writer_stopped_while_the_pool_is_lost(pool: Pool, lender: Worker) -> 
     pool.kill_server()
     (pool.path / "extents").unlink()
     pool.start_server()
-    assert all(each.call("run", wait_connected) for each in (lender, reader))
+    wait_until_back(pool, lender, reader)
     pool.eventually(lambda pool: pool.statistics().segments, "the lender lends new memory")
     lender.call("store", 2, ALL)
     assert reader.call("retrieve", 2, ALL) == (ALL, 0)
@@ -421,13 +421,22 @@ def test_a_writer_stopped_while_the_pool_is_lost(pool: Pool, lender: Worker) -> 
     assert writer.call("stats")["stored_chunks"] == 0
     assert reader.call("retrieve", 1, PROMPT) == (0, 0)
     assert reader.call("retrieve", 2, ALL) == (ALL, 0), "it wrote over others' chunks"
-    assert writer.call("run", wait_connected)
+    wait_until_back(pool, writer)
     assert_all_usable(pool, lender)
 
 
 def wait_connected(child: Any) -> bool:
-    """In a worker: wait until its engine's session is there again."""
-    return bool(child.engine.wait_connected(30))
+    """In a worker: wait until its engine's requests go through."""
+    return bool(child.engine.wait_connected(DEADLINE_S))
+
+
+def wait_until_back(pool: Pool, *workers: Worker) -> None:
+    """Wait until the server of now has these workers' sessions, and they know it."""
+    pids = {worker.pid for worker in workers}
+    pool.eventually(
+        lambda pool: pids <= {row.pid for row in pool.statistics().sessions if row.here}, "they are back"
+    )
+    assert all(worker.call("run", wait_connected) for worker in workers)
 
 
 # -------------------------------------------------------------------------------- all of it at once

@@ -161,9 +161,7 @@ class RawPeer:
     def lend(self, size: int) -> int:
         """Lend a segment with room for `size` bytes of extents (of which there is no memory); its number."""
         offset = 4096
-        self.connection.send(
-            protocol.Attach(1, b"", os.urandom(16), 1, "shm:0", offset + size, offset)
-        )
+        self.connection.send(protocol.Attach(1, b"", os.urandom(16), 1, "shm:0", offset + size, offset))
         return self.connection.receive(protocol.Attached).segment
 
     def reserve(self, *keys: bytes, count: int = 0, size: int = 4096) -> protocol.Extents:

@@ -83,6 +83,12 @@ class Client(Reading, Writing):
         return self._breaker.wait(timeout_s)
 
     @property
+    def epoch(self) -> int:
+        """Of the server that requests go to now: another one after each of its starts; 0 if there is none."""
+        connection = self._breaker.connection
+        return 0 if connection is None else connection.epoch
+
+    @property
     def own_segment(self) -> int:
         """The number of the segment that this process lends now; 0 if none."""
         return self._session.lent.number

@@ -5,8 +5,9 @@ start.
 from __future__ import annotations
 
 import logging
-import time
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from vcache.client.segments import Segments
 from vcache.client.wire import Wire
@@ -26,15 +27,24 @@ _RETRY_S = 5.0
 class Lent:
     """Our own segment. Used by the session's thread; `number` may be read by any.
 
-    new: makes the segment; None: this process lends nothing. rank: of the segment. settled: whether it is
-    decided what there is to lend.
+    new: makes the segment, in a thread of its own, for that can take long; None: this process lends nothing.
+    wake: called when it is made. rank: of the segment. settled: whether it is decided what there is to lend.
     """
 
-    def __init__(self, new: Callable[[], Segment] | None, segments: Segments, rank: int = 0) -> None:
+    def __init__(
+        self,
+        new: Callable[[], Segment] | None,
+        segments: Segments,
+        wake: Callable[[], None],
+        rank: int = 0,
+    ) -> None:
         self._new = new
         self._rank = rank
         self._segments = segments
+        self._wake = wake
+        self._making: Future[Segment] | None = None
         self._segment: Segment | None = None
+        self._kept: list[Segment] = []
         self._seq = _FIRST_SEQ
         self._asked = 0
         self._retry_at_s = 0.0
@@ -47,20 +57,23 @@ class Lent:
         memory.
         """
         if self._segment is not None:
-            self._segment.close()
+            if self._segment.device.startswith("cuda"):
+                # To free it while an importer has it open is undefined, and its importers are another
+                # server's.
+                self._kept.append(self._segment)
+            else:
+                self._segment.close()
             self._segment = None
         self.number = 0
         self.settled = self._new is None
 
     def attach(self, wire: Wire) -> None:
-        """Lend the segment over this connection, made first if there is none. A failure is logged and tried
-        again later.
-        """
+        """Lend the segment over this connection; if there is none, begin to make it."""
         if self._new is None:
             return
-        if self._segment is None and not self._make(self._new):
+        if self._segment is None:
+            self._begin(self._new)
             return
-        assert self._segment is not None
         own = self._segment
         descriptor, fd = own.descriptor()
         self._seq += 1
@@ -80,22 +93,42 @@ class Lent:
         )
         self.detached = False
 
-    def _make(self, new: Callable[[], Segment]) -> bool:
+    def _begin(self, new: Callable[[], Segment]) -> None:
+        if self._making is None:
+            making: Future[Segment] = Future()
+            self._making = making
+            threading.Thread(
+                target=self._make, args=(new, making), name="vcache-new-segment", daemon=True
+            ).start()
+
+    def _make(self, new: Callable[[], Segment], making: Future[Segment]) -> None:
         try:
-            self._segment = new()
+            making.set_result(new())
         except Exception as error:  # the caller's function: whatever it raises must not end the session
-            if not self.settled:
-                ours = isinstance(error, VCacheError)
-                _log.error("this process lends no segment: %s", error, exc_info=None if ours else error)
-            self.settled = True
-            self._retry_at_s = time.monotonic() + _RETRY_S
-            return False
-        return True
+            making.set_exception(error)
+        self._wake()
 
     def turn(self, wire: Wire, now_s: float) -> None:
-        """Try again to make a segment if that failed a while ago: its old memory may be free by now."""
-        if self._new is not None and self._segment is None and now_s >= self._retry_at_s:
-            self.attach(wire)
+        """Lend what has been made; after a failure, which is logged, try again: old memory may be free by
+        then.
+        """
+        if self._making is not None and self._making.done():
+            making, self._making = self._making, None
+            error = making.exception()
+            if error is None:
+                self._segment = making.result()
+                self.attach(wire)
+            else:
+                self._failed(error, now_s)
+        elif self._new is not None and self._segment is None and now_s >= self._retry_at_s:
+            self._begin(self._new)
+
+    def _failed(self, error: BaseException, now_s: float) -> None:
+        if not self.settled:
+            ours = isinstance(error, VCacheError)
+            _log.error("this process lends no segment: %s", error, exc_info=None if ours else error)
+        self.settled = True
+        self._retry_at_s = now_s + _RETRY_S
 
     def attached(self, message: Attached) -> None:
         """The server lent our segment to the pool under a number."""
@@ -130,8 +163,15 @@ class Lent:
         """Free the memory, if no importer can have it mapped; GPU memory that one may have is left to our
         exit.
         """
+        if self._making is not None:
+            self._making.add_done_callback(_close_unused)
         if self._segment is None:
             return
         if self.detached or not self._segment.device.startswith("cuda"):
             self._segment.close(wait_s=CLOSE_WAIT_S)
         self.number = 0
+
+
+def _close_unused(made: Future[Segment]) -> None:
+    if made.exception() is None:
+        made.result().close()

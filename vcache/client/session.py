@@ -74,7 +74,7 @@ class Session:
         self.ledger = Ledger()
         self.breaker = Breaker(name, self.wake)
         self.segments = Segments(self.post, config.device)
-        self.lent = Lent(new_segment, self.segments, rank)
+        self.lent = Lent(new_segment, self.segments, self.wake, rank)
         self._config = config
         self._name = name
         self._runtime = runtime

@@ -36,7 +36,7 @@ class Pool:
         self._device = device
         self._holder = 0
         self._holder_known_until_s = 0.0
-        self._described_lineage: int | None = None
+        self._described_to = 0
 
     def connected(self) -> bool:
         """Whether requests go through now; counted if not."""
@@ -97,8 +97,9 @@ class Pool:
         """Make written extents visible; an `Outcome` for each, none if that failed. They are ours no more."""
         commit = self._client.commit
         outcomes = self._ask(lambda: commit(extents, keys, sizes, namespace=self._namespace), b"")
-        if outcomes and self._described_lineage != lineage:
-            self._described_lineage = lineage
+        epoch = self._client.epoch
+        if outcomes and epoch and self._described_to != epoch:  # a restarted server has forgotten the names
+            self._described_to = epoch
             for digest, label in (
                 (self._fingerprint, self._layout.describe()),
                 (self._namespace, self._model),

@@ -123,6 +123,9 @@ class TierQueue:
                 self._pool.release(waiting.grant)
             except LocalStateError as error:  # the client was closed under us: its pins ended with it
                 _log.debug(Line("write-through ended", reason=str(error)))
+            except Exception as error:  # whatever a tier raises: the thread has to outlive it
+                self._counters.failed(Cause.TIER, error)
+                self._pool.release(waiting.grant)
             finally:
                 with self._changed:
                     self._chunks -= len(waiting.keys)
