@@ -1,4 +1,4 @@
-"""Keeps the ROUTER socket from taking the last descriptor: libzmq aborts the process when it cannot accept."""
+"""Keeps the ROUTER socket from taking the last descriptor: libzmq aborts when it cannot accept."""
 
 from __future__ import annotations
 

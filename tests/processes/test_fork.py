@@ -229,7 +229,7 @@ def test_child_exits_as_python_does_and_the_parents_session_goes_on(
 def test_parents_death_is_seen_though_its_child_lives(
     pool: Pool, parent: Callable[[str], subprocess.Popen[str]]
 ) -> None:
-    """The child has inherited descriptors; none of them may keep the session, or the segment's memory, alive."""
+    """The child has inherited descriptors; none may keep the session, or the segment's memory, alive."""
     process = parent("lives")
     assert process.stdout is not None
     child = int(process.stdout.readline())

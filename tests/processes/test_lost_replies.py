@@ -25,7 +25,7 @@ HASTY = {"client.request_timeout_ms": 200}
 PATIENT = {"client.request_timeout_ms": 800}
 """Sent again every 200 ms."""
 
-BAD = Fate(lost=0.15, repeated=0.2, delayed=0.2, delay_s=0.5)
+BAD = Fate(lost=0.15, repeated=0.2, delayed=0.2, delay_s=0.4)
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_lost_repeated_and_late_frames(pool: Pool, front: Path, seed: int) -> No
         workers = [open_behind(pool, front, size=size, **HASTY) for size in ("1MiB", 0)]
         relay.fate = BAD
         for number, worker in enumerate(workers):
-            worker.send("run", engines_and_pins, 10 * seed + number, 150)
+            worker.send("run", engines_and_pins, 10 * seed + number, 100)
         results = [worker.result() for worker in workers]
         assert not sum(wrong for _, wrong, _ in results)
         assert sum(hit for hit, _, _ in results) > 0
@@ -161,7 +161,7 @@ def test_server_killed_while_frames_get_lost(pool: Pool, front: Path) -> None:
         workers = [open_behind(pool, front, size=size, **HASTY) for size in ("1MiB", 0)]
         relay.fate = BAD
         for number, worker in enumerate(workers):
-            worker.send("run", engines_and_pins, number, 200)
+            worker.send("run", engines_and_pins, number, 120)
         for _ in range(3):
             began = pool.counters().get("requests", 0)
             pool.eventually(lambda pool, began=began: pool.counters()["requests"] > began + 100, "they go on")  # type: ignore[misc]

@@ -105,9 +105,10 @@ def test_successor_takes_over_at_once_when_the_first_is_killed(
     successors = [start(pool, servers) for _ in range(2)]
     pool.eventually(lambda pool: pool.serving_pid(), "one answers")
     eventually(lambda: worker.call("retrieve", 1, 3 * CHUNK) == (3 * CHUNK, 0), "the pool is warm")
-    codes = [process.poll() for process in successors]
-    assert EXIT_CONFLICT in codes
-    assert None in codes
+    winner = pool.serving_pid()
+    (loser,) = [process for process in successors if process.pid != winner]
+    assert ended(loser)[0] == EXIT_CONFLICT
+    assert pool.serving_pid() == winner
 
 
 # -- taken away

@@ -1,0 +1,115 @@
+"""Room for new chunks: what is given up for them, coldest first, and never what somebody holds."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metadata_server.allocator import Slab
+from metadata_server.chunks import Chunks
+from vcache.table import State
+
+
+class Room(Chunks):
+    """Allocation with eviction."""
+
+    def _allocate(self, count: int, size: int, near: int, keep: set[int]) -> list[int]:
+        """Up to `count` extents, FREE in the table; room is made by giving up what is coldest in the whole
+        pool.
+        """
+        taken = self.allocator.take(count, size, near)
+        while len(taken) < count and self._make_room(count - len(taken), size, keep):
+            more = self.allocator.take(count - len(taken), size, near)
+            if not more:
+                break
+            taken += more
+        return taken
+
+    def _make_room(self, count: int, size: int, keep: set[int]) -> bool:
+        """Evict up to `count` extents of this size, or empty slabs of other sizes that are colder; False if
+        neither can be.
+        """
+        order = self._order(size)
+        coldest = order.coldest()
+        limit_ns = int(self.table.used_ns[coldest]) if coldest is not None else None
+        slabs = self._colder_slabs(count, size, limit_ns, keep)
+        if slabs:
+            self._empty_all(slabs)
+            return True
+        victims = order.evict(count, lambda index: index in keep or self.rights.held(index))
+        self._evicted(victims)
+        if not victims and coldest is not None:
+            slabs = self._colder_slabs(count, size, None, keep)
+            self._empty_all(slabs)
+            return bool(slabs)
+        return bool(victims)
+
+    def _empty_all(self, slabs: list[Slab]) -> None:
+        for slab in slabs:
+            self._empty(slab)
+        sizes = self.allocator.sizes()
+        for size in [size for size, order in self._orders.items() if not len(order) and size not in sizes]:
+            del self._orders[size]
+
+    def _colder_slabs(self, count: int, size: int, limit_ns: int | None, keep: set[int]) -> list[Slab]:
+        """Slabs of other sizes to empty for this size: colder than `limit_ns`, or as cold as there are."""
+        if self.allocator.sizes() <= {size}:
+            return []
+        held = {
+            slab: self._held_in(slab, keep)
+            for slab in self.allocator.slabs.values()
+            if slab.size != size and (limit_ns is None or self._coldness(slab) < limit_ns)
+        }
+
+        def may_empty(slab: Slab) -> bool:
+            return slab in held and not held[slab].any()
+
+        if not held:
+            return []
+        if limit_ns is not None:  # as long as there are others, slabs stay whole
+            found = self.allocator.windows(count, size, may_empty, self._coldness)
+            if found:
+                return found
+        for slab, flags in list(held.items()):
+            if flags.any() and not flags.all():
+                held.update({part: self._held_in(part, keep) for part in self._split(slab, flags)})
+        return self.allocator.windows(count, size, may_empty, self._coldness)
+
+    def _split(self, slab: Slab, held: NDArray[np.bool_]) -> list[Slab]:
+        """Part what is held from what may be evicted: a few pins or stocks must not keep whole slabs."""
+        parts = self.allocator.split(slab, held.tolist())
+        used_ns = self._slab_used_ns.pop(slab.number, 0)
+        for part in parts:
+            self._slab_of[part.indices] = part.number
+            self._slab_used_ns[part.number] = min(used_ns, int(self.table.used_ns[part.indices].max()))
+        return parts
+
+    def _coldness(self, slab: Slab) -> int:
+        return 0 if slab.spare else self._slab_used_ns.get(slab.number, 0)
+
+    def _held_in(self, slab: Slab, keep: set[int]) -> NDArray[np.bool_]:
+        """Of each extent, whether it must stay: somebody may write or read it, or it is in `keep`."""
+        indices = slab.indices
+        states = self.table.word[indices] >> np.uint64(28) & np.uint64(0xF)
+        held: NDArray[np.bool_] = (states == State.RESERVED) | (states == State.ORPHANED)
+        held |= self.table.pins[indices] > 0
+        held |= self.rights.leases[indices] > 0
+        if not keep.isdisjoint(indices):
+            held |= np.isin(indices, list(keep))
+        return held
+
+    def _empty(self, slab: Slab) -> None:
+        for index in slab.indices:
+            if self.table.state(index) is State.COMMITTED:
+                self.counters["evicted"] += 1
+                self._forget(index)
+        if slab.number in self.allocator.slabs:
+            self._slab_used_ns.pop(slab.number, None)
+            self.allocator.dissolve(slab)
+
+    def _evicted(self, victims: list[int]) -> None:
+        self.counters["evicted"] += len(victims)
+        for index in victims:
+            self._unbind(index, in_order=False)
+            self.table.free(index)
+            self.allocator.give_back(index)
