@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -176,7 +177,7 @@ def test_another_version_gets_an_error_that_names_both(peer: RawPeer) -> None:
         ("epoch", -(1 << 62), ErrorCode.EPOCH),
     ],
 )
-def test_foreign_and_stale_frames_are_refused(peer: RawPeer, field: str, value: object, code: str) -> None:
+def test_foreign_and_stale_frames_are_refused(peer: RawPeer, field: str, value: Any, code: str) -> None:
     frame = peer.frame(protocol.Reserve(LAYOUT, SIZE, count=1), **{field: value})
     answer, reply = peer.channel.exchange(frame)
     assert isinstance(reply, Error)
@@ -205,16 +206,22 @@ BYTES = (
 )
 
 
-def extremes(request: type[protocol.Request]) -> Iterator[protocol.Request]:
+def extremes(request: Any) -> Iterator[protocol.Request]:
     """The request with each of its fields in turn at each extreme of its type, the others sensible."""
-    sensible = {"layout": LAYOUT, "size": SIZE, "namespace": NAMESPACE, "keys": key(9), "digest": LAYOUT}
+    sensible: dict[str, Any] = {
+        "layout": LAYOUT,
+        "size": SIZE,
+        "namespace": NAMESPACE,
+        "keys": key(9),
+        "digest": LAYOUT,
+    }
     fields = msgspec.structs.fields(request)
-    usual = {int: 1, bytes: b"", bool: False, str: "name", list[protocol.Right]: []}
+    usual: dict[Any, Any] = {int: 1, bytes: b"", bool: False, str: "name", list[protocol.Right]: []}
     values = {field.name: sensible.get(field.name, usual[field.type]) for field in fields}
     yield request(**values)
     for field in fields:
         rights = [protocol.Right(rid, handles) for rid in INTEGERS for handles in BYTES]
-        possible = {int: INTEGERS, bytes: BYTES, bool: (True,), str: ("", "\0", "é" * 600)}
+        possible: dict[Any, Any] = {int: INTEGERS, bytes: BYTES, bool: (True,), str: ("", "\0", "é" * 600)}
         for value in possible.get(field.type, ([], rights[:1], rights)):
             yield request(**{**values, field.name: value})
 

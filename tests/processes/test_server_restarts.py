@@ -30,7 +30,9 @@ CHUNK = LAYOUT.chunk_tokens
 SIZE = "2MiB"
 """A segment for 255 chunks."""
 
-IMPATIENT = {"client.request_timeout_ms": 300}
+IMPATIENT: dict[str, Any] = {"client.request_timeout_ms": 300}
+
+PATIENT: dict[str, Any] = {"client.request_timeout_ms": 60_000}
 
 
 @pytest.fixture
@@ -110,7 +112,7 @@ def test_server_killed_many_times_in_the_middle_of_traffic(pool: Pool) -> None:
     _, holder = pool.start_holder("shm:0", SIZE)
     workers = [
         pool.engine(device=f"shm:{number}", size=size, **IMPATIENT)
-        for number, size in enumerate(("1MiB", "1MiB", 0), start=1)
+        for number, size in ((1, "1MiB"), (2, "1MiB"), (3, "0"))
     ]
     flow = Traffic(pool, workers)
     for _ in range(5):
@@ -220,7 +222,7 @@ def test_server_stopped_and_woken_in_the_middle_of_traffic(pool: Pool) -> None:
 
 
 def test_dead_server_is_known_at_once(pool: Pool) -> None:
-    engine = pool.engine(size=SIZE, **{"client.request_timeout_ms": 60_000})
+    engine = pool.engine(size=SIZE, **PATIENT)
     engine.call("store", 1, 4 * CHUNK)
     pool.kill_server()
     assert sum(engine.call("run", lookups, 1_000)) < 5.0, "nobody waits for a server that is dead"

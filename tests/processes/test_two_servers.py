@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,8 @@ from vcache.runtime import lock_holder
 
 CHUNK = LAYOUT.chunk_tokens
 SIZE = "2MiB"
+
+IMPATIENT: dict[str, Any] = {"client.request_timeout_ms": 100}
 
 EXIT_CONFLICT = 3
 EXIT_USURPED = 4
@@ -176,7 +179,7 @@ def test_successor_whose_lock_replaced_the_firsts_is_left_in_peace(
     Requests of before wait in its sockets when it wakes: to carry them out would spoil its successor's table.
     """
     first = pool.start_server()
-    worker = pool.engine(size=SIZE, **{"client.request_timeout_ms": 100})
+    worker = pool.engine(size=SIZE, **IMPATIENT)
     worker.call("store", 1, 3 * CHUNK)
     with pool.server_stopped():
         for seed in range(2, 5):
