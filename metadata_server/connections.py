@@ -30,45 +30,53 @@ def allow_descriptors() -> None:
 
 
 class Door:
-    """The endpoint of the ROUTER socket: closed to new connections while descriptors are scarce."""
+    """The endpoint of the ROUTER socket: closed to new connections while descriptors are scarce.
+
+    Closed means that the socket's file has another name, under which nobody looks for it. To unbind the
+    endpoint would end the connections that are there, too.
+    """
 
     def __init__(self, router: zmq.Socket[bytes], endpoint: str, path: Path, mode: int) -> None:
-        self._router = router
-        self._endpoint = endpoint
         self._path = path
-        self._mode = mode
-        self._inode = 0
-        self.open()
-
-    def open(self) -> None:
-        """Let new connections in; what an earlier server left at the path is replaced."""
-        mask = os.umask(0o777 & ~self._mode)
+        self._path_closed = path.with_suffix(".closed")
+        self._path_closed.unlink(missing_ok=True)
+        mask = os.umask(0o777 & ~mode)
         try:
-            self._router.bind(self._endpoint)
+            router.bind(endpoint)  # what an earlier server left at the path is replaced
         finally:
             os.umask(mask)
-        self._inode = self._path.stat().st_ino
+        self._inode = path.stat().st_ino
+        self._is_open = True
 
     def tick(self) -> None:
         """Close or open by the number of descriptors that are in use."""
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         used = _descriptors_in_use(limit)
-        if self._inode and used > _FULL_SHARE * limit:
+        if self._is_open and used > _FULL_SHARE * limit and self.still_ours():
             log.warning(Line("too many connections: nobody new is let in", descriptors=used, limit=limit))
-            self._inode = 0
-            self._router.unbind(self._endpoint)
-        elif not self._inode and used < _ROOMY_SHARE * limit:
+            self._path.rename(self._path_closed)
+            self._is_open = False
+        elif not self._is_open and used < _ROOMY_SHARE * limit and self.still_ours():
             log.info(Line("new connections are let in again", descriptors=used, limit=limit))
-            self.open()
+            self._path_closed.rename(self._path)
+            self._is_open = True
+
+    def remove(self) -> None:
+        """Take the socket's file away, for good."""
+        (self._path if self._is_open else self._path_closed).unlink(missing_ok=True)
 
     def still_ours(self) -> bool:
-        """Whether the path leads to our socket (or is closed by us)."""
-        if not self._inode:
-            return True
-        try:
-            return self._path.stat().st_ino == self._inode
-        except FileNotFoundError:
-            return False
+        """Whether our socket is where we put it, and nobody's is where it belongs when it is closed."""
+        if self._is_open:
+            return _inode_of(self._path) == self._inode
+        return _inode_of(self._path_closed) == self._inode and _inode_of(self._path) is None
+
+
+def _inode_of(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 def _descriptors_in_use(limit: int) -> int:

@@ -49,7 +49,7 @@ tidiness.
 """
 _DRAIN_MAX: Final = 10_000
 """Requests that an ending server still answers: more than clients can have under way, and an end to it."""
-_DRAIN_QUIET_MS: Final = 10
+_DRAIN_QUIET_MS: Final = 50
 """After this long without a request an ending server has answered all that were sent to it."""
 _BACKLOG: Final = 128
 
@@ -138,7 +138,7 @@ class Server:
         hold.
         """
         directory = restore(self._table, self._policy)
-        directory.await_sessions(self._sessions.living() | set(self._requests.sessions))
+        directory.await_sessions(set(self._requests.directory.rights.sessions))
         return directory
 
     def drain(self) -> None:
@@ -212,7 +212,7 @@ class Server:
 
     def _tick(self, now_ns: int) -> None:
         self._requests.directory.tick(now_ns)
-        self._sessions.bury_awaited()
+        self._sessions.bury()
         if self._bell_waits:
             self._bell_waits = False
             self._doorbell.answered()
@@ -242,7 +242,7 @@ class Server:
         self._listener.close()
         if not self._requests.usurped:
             self._runtime.session_path.unlink(missing_ok=True)
-            self._runtime.rpc_path.unlink(missing_ok=True)
+            self._door.remove()
             if not self._requests.directory.rights.sessions:
                 self._runtime.table_path.unlink(missing_ok=True)
         for fd in (self._table_fd, self._wake_read, self._wake_write):

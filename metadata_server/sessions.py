@@ -80,6 +80,7 @@ class Sessions:
         self._silent: dict[int, Connection] = {}
         self._pidfds: dict[int, int] = {}
         self._closed: set[int] = set()
+        self._unlocked: set[int] = set()
 
     @property
     def _directory(self) -> Directory:
@@ -91,41 +92,56 @@ class Sessions:
         """Sessions that the directory knows and whose process has not come back yet."""
         return set(self._directory.rights.sessions) - set(self.peers)
 
-    def living(self) -> set[int]:
-        """Sessions whose lock is held, by the runtime directory; the locks of the dead are removed."""
-        alive = set()
-        for path in self._runtime.sessions_dir.glob("*.lock"):
-            if not _SESSION_LOCK.fullmatch(path.name):
-                continue  # nobody's but whoever put it there
-            if lock_holder(path) is not None:
-                alive.add(int(path.stem, 16))
-            else:
-                path.unlink(missing_ok=True)
-        return alive
+    def _locked_and_dead(self) -> tuple[set[int], set[int]]:
+        """Sessions whose lock is held, and those whose lock is there and free.
+
+        Who has no lock at all is in neither and may live: somebody removed it.
+        """
+        known = [path for path in self._runtime.sessions_dir.iterdir() if _SESSION_LOCK.fullmatch(path.name)]
+        there = {int(path.stem, 16) for path in known}
+        locked = {session for session in there if self._may_live(session)}
+        return locked, there - locked
 
     def take_over(self) -> None:
         """After `restore`: free what the dead held, wait for the living."""
-        alive = self.living()
+        locked, dead = self._locked_and_dead()
+        alive = (set(self._directory.rights.sessions) | locked) - dead
         self._directory.await_sessions(alive)
         for slot in range(limits.SEGMENTS_MAX):
             number = self._directory.table.segment_in_use(slot)
             if number and int(self._directory.table.segments["session"][slot]) not in alive:
                 self._end_segment(number, 0, 0)
+        # Last: a server that is killed in here must find them dead again.
+        self._unlocked |= dead
+        self._remove_locks()
 
-    def bury_awaited(self) -> None:
+    def bury(self) -> None:
         """End the sessions without a connection that have died, or ended where nobody heard it, meanwhile."""
         gone = {peer.session for peer in self.peers.values() if peer.connection is None}
         for session in self.awaited() | gone:
             if not self._may_live(session):
                 self._end(session)
+        self._remove_locks()
 
     def _may_live(self, session: int) -> bool:
-        """Whether a session's lock is held, or cannot be asked about just now (no descriptors are left)."""
+        """Whether a session's lock is held, not there, or cannot be asked about (no descriptors are left)."""
+        path = self._runtime.session_lock_path(session)
         try:
-            return lock_holder(self._runtime.session_lock_path(session)) is not None
+            return not path.exists() or lock_holder(path) is not None
         except ConfigError as error:
             log.warning(Line("a session's lock cannot be looked at", error=str(error)))
             return True
+
+    def _remove_locks(self) -> None:
+        """Remove the locks of sessions that have ended, once nobody holds them. Nobody else does: a lock that
+        is gone says nothing.
+        """
+        for session in list(self._unlocked):
+            if session not in self.peers and not self._may_live(session):
+                self._runtime.session_lock_path(session).unlink(missing_ok=True)
+                self._unlocked.discard(session)
+            elif not self._runtime.session_lock_path(session).exists():
+                self._unlocked.discard(session)
 
     # -- events
 
@@ -283,8 +299,8 @@ class Sessions:
                 self._end_segment(number, 0, 0)
         for number in list(self._endings):
             self._unmapped(session, number)
-        if not self._may_live(session):
-            self._runtime.session_lock_path(session).unlink(missing_ok=True)
+        self._unlocked.add(session)
+        self._remove_locks()
 
     def _forget_peer(self, peer: Peer) -> None:
         del self.peers[peer.session]

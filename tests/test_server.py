@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ class Commands:
     def ready(self, *options: str, **environment: str) -> subprocess.Popen[str]:
         """Start it and wait until it listens."""
         process = self.start(*options, **environment)
-        eventually(lambda: (self.path / "session.sock").exists(), "the server listens", DEADLINE_S)
+        eventually(lambda: _listens(self.path), "the server listens", DEADLINE_S)
         return process
 
     def run(self, *options: str, **environment: str) -> tuple[int, str, str]:
@@ -56,6 +57,11 @@ class Commands:
         for process in self._started:
             process.kill()
             process.communicate()
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller:
+        return caller.connect_ex(str(path / "session.sock")) == 0 and (path / "rpc.sock").exists()
 
 
 @pytest.fixture
@@ -209,16 +215,16 @@ def test_ending_server_answers_what_is_there_and_grants_nothing(command: Command
     with RawPeer(command.path) as peer:
         assert peer.pong()
         process.send_signal(signal.SIGSTOP)
-        frames = [peer.frame(protocol.Ping(), rid=rid) for rid in range(2, 102)]
-        reserve = peer.frame(protocol.Reserve(LAYOUT, 4096, count=1), rid=102)
+        frames = [peer.frame(protocol.Ping(), rid=rid) for rid in range(2, 52)]
+        reserve = peer.frame(protocol.Reserve(LAYOUT, 4096, count=1), rid=52)
         for frame in (*frames, reserve):
             peer.channel.socket.send(frame)
         process.terminate()
         process.send_signal(signal.SIGCONT)
-        answers = [peer.channel.receive() for _ in range(101)]
-        assert [answer.rid for answer, _ in answers] == list(range(2, 103))
-        assert all(isinstance(reply, protocol.Pong) for _, reply in answers[:100])
-        refused = answers[100][1]
+        answers = [peer.channel.receive() for _ in range(51)]
+        assert [answer.rid for answer, _ in answers] == list(range(2, 53))
+        assert all(isinstance(reply, protocol.Pong) for _, reply in answers[:50])
+        refused = answers[50][1]
         assert isinstance(refused, protocol.Reserved) or refused.code == ErrorCode.DRAINING  # type: ignore[union-attr]
         assert peer.connection.hung_up()
         assert finish(process)[0] == 0

@@ -9,11 +9,13 @@ import resource
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
 
+from metadata_server.server import TICK_MS
 from tests.processes.pool import Pool
 from tests.processes.worker import eventually
 from tests.support.bystander import Bystander
@@ -237,6 +239,7 @@ def test_flood_of_connections_is_limited(pool: Pool, bystander: Bystander) -> No
 def test_server_without_descriptors_goes_on_when_it_has_some_again(pool: Pool, bystander: Bystander) -> None:
     assert pool.server is not None
     pid = pool.server.pid
+    bystander.assert_unharmed()  # its channel is open: nobody new is let in below
     limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     full = descriptors(pool) + 8
     with ExitStack() as stack:
@@ -253,6 +256,28 @@ def test_server_without_descriptors_goes_on_when_it_has_some_again(pool: Pool, b
             "there is none left to look at its lock"
         )
         bystander.assert_unharmed()
+    with RawPeer(pool.path) as peer:
+        assert peer.pong()
+
+
+def test_connections_to_the_request_socket_are_limited(pool: Pool, bystander: Bystander) -> None:
+    """Before descriptors run out nobody new is let in; those who are in notice nothing."""
+    assert pool.server is not None
+    pid, path = pool.server.pid, pool.path / "rpc.sock"
+    limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    with ExitStack() as stack:
+        stack.callback(resource.prlimit, pid, resource.RLIMIT_NOFILE, limit)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (400, limit[1]))
+        while path.exists():
+            for _ in range(40):
+                stranger = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                if stranger.connect_ex(str(path)):
+                    break
+            due_s = time.monotonic() + TICK_MS / 1e3
+            eventually(lambda due_s=due_s: time.monotonic() > due_s, "the server has looked around")  # type: ignore[misc]
+        assert 300 < descriptors(pool) < 400
+        bystander.assert_unharmed()
+    eventually(path.exists, "it lets connections in again")
     with RawPeer(pool.path) as peer:
         assert peer.pong()
 

@@ -44,7 +44,7 @@ def as_tokens(tokens: Tokens, field: str = "tokens") -> npt.NDArray[np.int64]:
     if isinstance(tokens, (str, bytes)):
         raise ArgumentError(field, type(tokens).__name__, "token ids (1-D integers)")
     if callable(getattr(tokens, "numpy", None)):  # a torch tensor, recognised without importing torch
-        tokens = tokens.detach().cpu().numpy()
+        tokens = tensor_as_array(tokens, field, "token ids (1-D integers)")
     if not isinstance(tokens, np.ndarray):
         try:
             tokens = np.asarray(tokens) if len(tokens) else np.empty(0, np.int64)
@@ -55,6 +55,17 @@ def as_tokens(tokens: Tokens, field: str = "tokens") -> npt.NDArray[np.int64]:
     if tokens.dtype == np.uint64 and tokens.size and int(tokens.max()) > np.iinfo(np.int64).max:
         raise ArgumentError(field, int(tokens.max()), "token ids that fit 64 signed bits")
     return np.ascontiguousarray(tokens, dtype="<i8")
+
+
+def tensor_as_array(tensor: Any, field: str, wanted: str) -> npt.NDArray[Any]:
+    """A torch tensor as a numpy array. Raises ArgumentError for what numpy does not have (sparse, bfloat16,
+    meta, …).
+    """
+    try:
+        array: npt.NDArray[Any] = tensor.detach().cpu().numpy()
+    except (TypeError, RuntimeError, AttributeError) as error:  # NotImplementedError is a RuntimeError
+        raise ArgumentError(field, type(tensor).__name__, f"{wanted}: {error}") from error
+    return array
 
 
 class KeyChain:

@@ -234,3 +234,8 @@ DESCRIPTORS_WANTED: Final = 16 * SESSIONS_MAX
 
 PINNED_BYTES_MAX_DEFAULT: Final = 4 * GIB
 """Bytes that one session may pin unless configured: a prompt of 32 k tokens of Llama-3-8B (128 KiB each)."""
+
+ENGINE_CLOSE_WAIT_S: Final = 30.0
+"""How long `VCacheEngine.close` waits for calls under way: far longer than a copy takes, and no end that
+hangs.
+"""

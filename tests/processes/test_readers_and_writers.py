@@ -20,6 +20,7 @@ from tests.processes.pool import Pool
 from tests.processes.worker import DEADLINE_S, Worker
 from vcache.client import Client, Grant
 from vcache.keys import KeyChain
+from vcache.locks import lock_holder
 
 CHUNK = LAYOUT.chunk_tokens
 CHUNKS = 16
@@ -385,10 +386,17 @@ def test_a_writer_stopped_past_every_deadline(pool: Pool, lender: Worker, where:
     assert_all_usable(pool, lender)
 
 
-def test_a_writer_stopped_while_the_server_is_killed_and_restarted(pool: Pool, lender: Worker) -> None:
+@pytest.mark.parametrize("lock", ["its lock held", "its lock removed by somebody"])
+def test_a_writer_stopped_while_the_server_is_killed_and_restarted(
+    pool: Pool, lender: Worker, lock: str
+) -> None:
     """Its reservation survives the server. Woken it commits, or is told that it cannot; nothing is wrong."""
     writer = stopped_in_store(pool, "amid")
     reader = pool.engine()
+    if lock == "its lock removed by somebody":  # a lock that is not there says nothing of its owner
+        for path in (pool.path / "sessions").iterdir():
+            if lock_holder(path) == writer.pid:
+                path.unlink()
     for restart in range(2):
         pool.kill_server()
         pool.start_server()

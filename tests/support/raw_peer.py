@@ -30,7 +30,11 @@ class RawConnection:
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.socket.connect(str(path))  # blocking: a full backlog is waited for
+        try:
+            self.socket.connect(str(path))  # blocking: a full backlog is waited for
+        except OSError:
+            self.socket.close()
+            raise
         self.socket.settimeout(DEADLINE_S)
 
     def send(self, packet: bytes | FromClient, fds: Sequence[int] = ()) -> None:

@@ -349,7 +349,7 @@ class Session:
         self.lent.close()
         self.segments.enter(0)
         if not self.segments.retiring:  # else the session goes on until this process ends
-            self._lock.release(remove=True)
+            self._lock.release()  # the server removes it: without one it could not tell that we are gone
         self._context.term()
         with self._wake_guard:
             os.close(self._wake_fd)

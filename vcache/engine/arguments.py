@@ -17,7 +17,7 @@ from torch import Tensor
 from vcache.config import Config, load
 from vcache.errors import ArgumentError
 from vcache.kernels import PagedKV
-from vcache.keys import as_tokens
+from vcache.keys import as_tokens, tensor_as_array
 from vcache.layout import KVLayout
 from vcache.limits import KEY_BYTES
 from vcache.tiers import Tier
@@ -106,7 +106,7 @@ def masked_tokens(mask: Any, offset: Any, count: int, chunk_tokens: int) -> int:
 
 def _false_prefix(mask: Any, count: int) -> int:
     if isinstance(mask, Tensor):
-        mask = mask.detach().cpu().numpy()
+        mask = tensor_as_array(mask, "mask", "1-D bool, one per token")
     try:
         array = np.asarray(mask)
     except ValueError as error:  # rows of different lengths
@@ -127,7 +127,7 @@ def _false_prefix(mask: Any, count: int) -> int:
 def checked_ids(field: str, ids: Any, count: int, limit: int, per: str) -> Tensor:
     """`ids` (slots or pages) as an int64 tensor on the CPU: `count` values from -1 (none) to `limit` - 1."""
     if isinstance(ids, Tensor):
-        ids = ids.detach().cpu().numpy()
+        ids = tensor_as_array(ids, field, f"1-D integers, one per {per}")
     try:
         array = np.asarray(ids) if len(ids) else np.empty(0, np.int64)
     except (TypeError, ValueError, OverflowError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +14,10 @@ from typing import Generic, TypeAlias, TypeVar
 import torch
 
 from vcache.errors import EngineClosed, ForkedProcess
-from vcache.limits import ASYNC_OPERATIONS_MAX, ASYNC_THREADS
+from vcache.limits import ASYNC_OPERATIONS_MAX, ASYNC_THREADS, ENGINE_CLOSE_WAIT_S
+from vcache.logs import Line
+
+_log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -113,8 +117,15 @@ class Gate:
                 self._changed.notify_all()
 
     def close(self) -> bool:
-        """Let nobody in any more and wait until nobody is inside; whether it was open until now."""
+        """Let nobody in any more and wait, bounded, until nobody is inside; whether it was open until now.
+
+        Memory that a copy still uses then stays mapped until it is over. An exception that a signal handler
+        raised (KeyboardInterrupt) can also have kept somebody from being counted out.
+        """
         with self._changed:
             was_open, self._closed = not self._closed, True
-            self._changed.wait_for(lambda: not self._inside)
+            if not self._changed.wait_for(lambda: not self._inside, ENGINE_CLOSE_WAIT_S):
+                _log.warning(
+                    Line("calls are still under way at close", engine=self._name, calls=self._inside)
+                )
             return was_open

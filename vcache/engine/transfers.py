@@ -8,6 +8,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -128,6 +129,6 @@ class DescribedTensors:
 
 
 def _identity(tensor: Tensor) -> Hashable:
-    if tensor.is_sparse or tensor.is_meta:  # without an address: whoever describes it refuses it
-        return object()
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_nested:
+        return object()  # without an address: whoever describes it refuses it
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
