@@ -302,3 +302,21 @@ def test_a_forked_child_cannot_use_the_engine_and_ends_by_itself(engine: VCacheE
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert engine.lookup(TOKENS) == 0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"model": None},
+        {"lora": None},
+        {"cache_salt": 5},
+        {"kv_axes": None},
+        {"name": "n" * 70_000},
+        {"name": None},
+    ],
+    ids=lambda given: f"{next(iter(given))}",
+)
+def test_an_identity_that_is_no_text_is_refused(given: dict[str, Any], runtime_dir: Path) -> None:
+    settings: dict[str, Any] = {"layout": LAYOUT, "model": "m", "runtime_dir": str(runtime_dir / "run")}
+    with pytest.raises(ArgumentError, match=next(iter(given)).removeprefix("kv_")):
+        VCacheEngine(**{**settings, "segment": {"size": 0}, "server": {"autostart": False}, **given})

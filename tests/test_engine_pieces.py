@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 import pytest
 import torch
 
+from vcache.engine.handles import Operations
 from vcache.engine.stats import Cause, Counters
 from vcache.engine.transfers import DescribedTensors, Transfers
 from vcache.keys import KeyChain
 from vcache.layout import KVLayout
-from vcache.limits import FAILURE_LOG_INTERVAL_S
+from vcache.limits import ASYNC_OPERATIONS_MAX, FAILURE_LOG_INTERVAL_S
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_size=2, dtype="float32", chunk_tokens=4)
 
@@ -109,3 +111,21 @@ def test_a_partial_chunk_is_the_last_and_smaller() -> None:
     picked = transfer.pick([0, 2])
     assert picked.ids.tolist() == [0, 1, 2, 3, 8, 9, 10]
     assert picked.keys == [transfer.keys[0], transfer.keys[2]]
+
+
+def test_an_operation_that_found_no_thread_never_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The executor queues before it starts a thread: by then the pages would be somebody else's."""
+    operations, ran = Operations(), []
+
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(threading.Thread, "start", no_thread)
+        for _ in range(2 * ASYNC_OPERATIONS_MAX):
+            assert operations.submit(lambda: ran.append("late")) is None
+    handle = operations.submit(lambda: ran.append("now"))
+    assert handle is not None
+    handle.result(60)
+    operations.close()
+    assert ran == ["now"]

@@ -253,7 +253,7 @@ def _read_yaml(path: Path, named_by: str) -> Mapping[Any, Any]:
         tree = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}{named_by}: cannot be read, wanted a YAML file: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # the latter: its scalars
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if tree is None:
         return {}

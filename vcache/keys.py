@@ -91,14 +91,13 @@ class KeyChain:
             raise ArgumentError("layout_fingerprint", f"{len(layout_fingerprint)} bytes", wanted)
         if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < 1 << 32:
             raise ArgumentError("rank", rank, "an integer from 0 to 2**32 - 1")
-        salt = cache_salt.encode() if isinstance(cache_salt, str) else cache_salt
         fields = [
             _ROOT_VERSION,
             layout_fingerprint,
-            model.encode(),
+            _encoded(model, "model"),
             rank.to_bytes(4, "little"),
-            salt,
-            lora.encode(),
+            cache_salt if isinstance(cache_salt, bytes) else _encoded(cache_salt, "cache_salt"),
+            _encoded(lora, "lora"),
         ]
         self.root = blake2b(join_fields(fields), digest_size=KEY_BYTES).digest()
 
@@ -130,6 +129,13 @@ class KeyChain:
             key = digest.digest()
             keys.append(key)
         return keys
+
+
+def _encoded(text: str, field: str) -> bytes:
+    try:
+        return text.encode()
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise ArgumentError(field, repr(text), "a str that UTF-8 can encode") from error
 
 
 def namespace(model: str) -> bytes:

@@ -60,6 +60,8 @@ class Client(Reading, Writing):
         session, and again after a cold start of the server. The client closes what it made. rank: of that
         segment.
         """
+        if not isinstance(name, str) or not 0 < len(name.encode(errors="replace")) <= LABEL_BYTES_MAX:
+            raise ArgumentError("name", repr(name)[:80], f"a str of 1 to {LABEL_BYTES_MAX} bytes")
         runtime = RuntimeDir.resolve(config.runtime_dir, group=config.server.group)
         self._session = session = Session(config, name, runtime, new_segment, rank)
         self._breaker = session.breaker

@@ -64,16 +64,35 @@ class Operations:
         self._free = threading.Semaphore(ASYNC_OPERATIONS_MAX)
 
     def submit(self, operation: Callable[[], Result]) -> Handle[Result] | None:
-        """Have `operation` carried out by another thread; None, and nothing done, if too many are."""
+        """Have `operation` carried out by another thread.
+
+        None, and nothing done now or later, if too many are or if there is no thread to be had.
+        """
         if not self._free.acquire(blocking=False):
             return None
-        future = self._threads.submit(operation)
+        future: Future[Result] = Future()
         future.add_done_callback(lambda _: self._free.release())
+        try:
+            self._threads.submit(_carry_out, operation, future)
+        except RuntimeError as error:
+            # It is in the executor's queue all the same: unless it runs already, it must never run.
+            if future.cancel():
+                _log.warning(Line("no thread can be started", error=str(error)))
+                return None
         return Handle(future)
 
     def close(self) -> None:
         """Wait for all that are under way, and take no more."""
         self._threads.shutdown(wait=True)
+
+
+def _carry_out(operation: Callable[[], Result], future: Future[Result]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(operation())
+    except BaseException as error:
+        future.set_exception(error)
 
 
 def finished(result: Result) -> Handle[Result]:

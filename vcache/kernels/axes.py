@@ -20,6 +20,8 @@ _PIECE: Final = re.compile(r"\(([a-z]{2,})\)|([a-z])")
 
 def parse_axes(axes: str) -> tuple[str, ...]:
     """One string per dimension: `phs(kd)` gives `("p", "h", "s", "kd")`. Raises ArgumentError."""
+    if not isinstance(axes, str):
+        raise ArgumentError("axes", repr(axes), "a str such as 'kpshd'")
     spelled = "".join(axes.split())
     groups = tuple(match.group(1) or match.group(2) for match in _PIECE.finditer(spelled))
     rebuilt = "".join(f"({group})" if len(group) > 1 else group for group in groups)
