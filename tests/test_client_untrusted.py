@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -145,7 +146,7 @@ GOOD = (1, 0, 1, 0, 4096, 8192)
         protocol.Reserved(extents(GOOD)[:-1], b"\0", 1),
         protocol.Done(),
         b"not a message",
-        protocol.encode(protocol.Answer(1, 1, protocol.msgspec.Raw(b"\xc1"))),
+        protocol.encode(protocol.Answer(1, 1, msgspec.Raw(b"\xc1"))),
     ],
 )
 def test_reservation_that_cannot_be_is_a_miss(pool: Pool, liar: Liar, reply: Reply | bytes) -> None:

@@ -106,13 +106,21 @@ def test_wrong_configuration_is_an_error_that_names_the_field(
 ) -> None:
     file = tmp_path / "vcache.yaml"
     file.write_text(text)
-    for options in (["--check-config"], []):
-        code, output, errors = command.run(*options, "--config", str(file))
-        assert (code, output) == (2, "")
-        assert errors.startswith("vcache-metadata: ")
-        assert errors.count("\n") == 1, "one line, no traceback"
-        for name in (*named, str(file)):
-            assert name in errors
+    code, output, errors = command.run("--check-config", "--config", str(file))
+    assert (code, output) == (2, "")
+    assert errors.startswith("vcache-metadata: ")
+    assert errors.count("\n") == 1, "one line, no traceback"
+    for name in (*named, str(file)):
+        assert name in errors
+
+
+def test_server_does_not_start_with_a_wrong_configuration(command: Commands, tmp_path: Path) -> None:
+    file = tmp_path / "vcache.yaml"
+    file.write_text("server:\n  policy: mru\n")
+    code, _, errors = command.run(VCACHE_CONFIG=str(file))
+    assert code == 2
+    assert "server.policy" in errors
+    assert not command.path.exists()
 
 
 @pytest.mark.parametrize(

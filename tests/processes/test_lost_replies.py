@@ -91,7 +91,7 @@ def test_lost_repeated_and_late_frames(pool: Pool, front: Path, seed: int) -> No
         workers = [open_behind(pool, front, size=size, **HASTY) for size in ("1MiB", 0)]
         relay.fate = BAD
         for number, worker in enumerate(workers):
-            worker.send("run", engines_and_pins, 10 * seed + number, 100)
+            worker.send("run", engines_and_pins, 10 * seed + number, 70)
         results = [worker.result() for worker in workers]
         assert not sum(wrong for _, wrong, _ in results)
         assert sum(hit for hit, _, _ in results) > 0
@@ -161,7 +161,7 @@ def test_server_killed_while_frames_get_lost(pool: Pool, front: Path) -> None:
         workers = [open_behind(pool, front, size=size, **HASTY) for size in ("1MiB", 0)]
         relay.fate = BAD
         for number, worker in enumerate(workers):
-            worker.send("run", engines_and_pins, number, 120)
+            worker.send("run", engines_and_pins, number, 90)
         for _ in range(3):
             began = pool.counters().get("requests", 0)
             pool.eventually(lambda pool, began=began: pool.counters()["requests"] > began + 100, "they go on")  # type: ignore[misc]

@@ -159,7 +159,7 @@ def test_server_killed_right_after_it_came_back_again_and_again(pool: Pool) -> N
     worker.call("store", 1, 8 * CHUNK)
     flow = Traffic(pool, [worker])
     rng = random.Random(3)
-    for _ in range(8):
+    for _ in range(6):
         pool.kill_server()
         successor = pool.launch_server()
         with pytest.raises(subprocess.TimeoutExpired):
