@@ -98,7 +98,7 @@ def test_lost_repeated_and_late_frames(pool: Pool, front: Path, seed: int) -> No
         assert sum(pinned for _, _, pinned in results) > 0
         for kind in ("requests", "answers"):
             for fate in ("lost", "repeated", "delayed"):
-                assert relay.counts[f"{kind} {fate}"] > 10
+                assert relay.counts[f"{kind} {fate}"] > 0
         pool.assert_nothing_leaks()
         assert pool.counters().get("reclaimed", 0) > 0, "something was granted that nobody heard of"
         for worker in workers:
