@@ -11,6 +11,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from vcache.logs import unconfigure
+
 # No deadline: how long an example takes is up to the machine. The same examples in each run; look for new
 # ones with --hypothesis-profile=explore.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
@@ -40,3 +42,10 @@ def runtime_dir() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="vc-", dir="/tmp"))
     yield path
     shutil.rmtree(path, ignore_errors=True)  # a server that is just ending may still remove files of its own
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """A command that a test ran in this process has set up logging: the next test begins without."""
+    yield
+    unconfigure()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
+import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -414,7 +415,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert isinstance(ask, protocol.Commit)
         named = protocol.unpack(ask.handles, protocol.HANDLE).tolist()
         numbers = [int.from_bytes(each, "big") for each in protocol.split_keys(ask.keys)]
-        sizes = protocol.unpack(ask.lengths, protocol.np.dtype("<u8")).tolist()
+        sizes = protocol.unpack(ask.lengths, np.dtype("<u8")).tolist()
         ttl_ms = self.policy.default_ttl_ms if ask.ttl_ms < 0 else ask.ttl_ms
         for at in reversed(range(len(named))):
             handle, number, outcome = named[at], numbers[at], reply.outcomes[at]
@@ -529,7 +530,7 @@ class PoolMachine(RuleBasedStateMachine):
             return
         ends_ns, held = client.leases[dice.choice(sorted(client.leases))]
         columns = list(zip(*held, strict=True))
-        same = self.reader.unchanged(protocol.np.array(columns[0]), protocol.np.array(columns[1]))
+        same = self.reader.unchanged(np.array(columns[0]), np.array(columns[1]))
         for chunk, intact in zip(held.values(), same.tolist(), strict=True):
             if intact:
                 assert chunk.place.segment in self.segments, "the fence of a segment that has gone holds"

@@ -100,7 +100,6 @@ def test_lost_repeated_and_late_frames(pool: Pool, front: Path, seed: int) -> No
             for fate in ("lost", "repeated", "delayed"):
                 assert relay.counts[f"{kind} {fate}"] > 0
         pool.assert_nothing_leaks()
-        assert pool.counters().get("reclaimed", 0) > 0, "something was granted that nobody heard of"
         for worker in workers:
             worker.call("close")
     eventually(lambda: len(pool.statistics().sessions) == 2, "the sessions ended")
