@@ -40,6 +40,16 @@ class Channel:
         """Close the socket; what was not sent yet is dropped."""
         self.socket.close()
 
+    def post(self, frame: bytes) -> bool:
+        """Send a request that is not answered; False if the socket takes none within a slice."""
+        try:
+            self.socket.send(frame, zmq.NOBLOCK)
+        except zmq.Again:  # a new channel takes a moment to connect
+            if not self.socket.poll(self._slice_ms, zmq.POLLOUT):
+                return False
+            self.socket.send(frame, zmq.NOBLOCK)
+        return True
+
     def exchange(self, frame: bytes, rid: int, connection: Connection) -> msgspec.Raw:
         """Send a request and return the body of its answer.
 
@@ -132,10 +142,7 @@ class Connection:
         frame = encode_request(request, rid=rid, session=self.session, token=self.token, epoch=self.epoch)
         channel = self._take()
         try:
-            # A new channel takes a moment to connect.
-            sent = bool(channel.socket.poll(REQUEST_SLICE_MS, zmq.POLLOUT))
-            if sent:
-                channel.socket.send(frame, zmq.NOBLOCK)
+            sent = channel.post(frame)
         except zmq.ZMQError:
             channel.close()
             return False

@@ -13,7 +13,7 @@ from vcache.client.channel import Connection
 from vcache.client.ledger import Handle
 from vcache.errors import ArgumentError, RemoteProtocolError
 from vcache.limits import KEY_BYTES
-from vcache.protocol import EXTENT, Acquire, Acquired, Extents, Reserve, Reserved, pack_handles, unpack
+from vcache.protocol import EXTENT, Acquire, Acquired, Extents, Reserve, Reserved, pack_handles
 from vcache.table import TableReader
 
 
@@ -106,17 +106,19 @@ def _read_extents(packed: bytes, connection: Connection) -> Extents:
     """Extents off the wire, stamped with the tenure; RemoteProtocolError for an index or bytes that cannot
     be.
     """
-    extents: Extents = unpack(packed, EXTENT).copy()
-    if len(extents):
-        # As 32-bit words: index, generation, segment, reserved, offset (low, high), length (low, high). Two
-        # passes over all columns cost less than one over each.
-        words = extents.view("<u4").reshape(len(extents), 8)
-        largest, smallest = words.max(axis=0).tolist(), words.min(axis=0).tolist()
+    if len(packed) % EXTENT.itemsize:
+        raise RemoteProtocolError(f"extents: {len(packed)} bytes, wanted a multiple of {EXTENT.itemsize}")
+    # As 32-bit words: index, generation, segment, reserved, offset (low, high), length (low, high). Two passes
+    # over all columns cost less than one over each, and plain words less than records.
+    words = np.frombuffer(bytearray(packed), "<u4").reshape(-1, 8)
+    if len(words):
+        largest, smallest = np.maximum.reduce(words).tolist(), np.minimum.reduce(words).tolist()
         if largest[0] >= connection.table.capacity or smallest[2] == 0:
             raise RemoteProtocolError("an extent that the table has no record of, or in no segment")
         if smallest[6] == 0 or largest[7]:
             raise RemoteProtocolError("an extent of no length, or longer than a chunk can be")
         if largest[5] >= 1 << 30:
             raise RemoteProtocolError("an extent at an impossible offset")
-        extents["reserved"] = connection.tenure
+        words[:, 3] = connection.tenure
+    extents: Extents = words.view(EXTENT).reshape(-1)
     return extents
