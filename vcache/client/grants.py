@@ -108,8 +108,8 @@ def _read_extents(packed: bytes, connection: Connection) -> Extents:
     """
     if len(packed) % EXTENT.itemsize:
         raise RemoteProtocolError(f"extents: {len(packed)} bytes, wanted a multiple of {EXTENT.itemsize}")
-    # As 32-bit words: index, generation, segment, reserved, offset (low, high), length (low, high). Two passes
-    # over all columns cost less than one over each, and plain words less than records.
+    # As 32-bit words: index, generation, segment, reserved, offset (low, high), length (low, high). Two
+    # passes over all columns cost less than one over each, and plain words less than records.
     words = np.frombuffer(bytearray(packed), "<u4").reshape(-1, 8)
     if len(words):
         largest, smallest = np.maximum.reduce(words).tolist(), np.minimum.reduce(words).tolist()
