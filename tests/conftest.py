@@ -24,6 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Forget the caller's configuration: tests mean the defaults, and so do the processes that they start."""
     for variable in [name for name in os.environ if name.startswith("VCACHE_")]:
         del os.environ[variable]
+    if "gpu" not in config.option.markexpr:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels run on CPU tensors
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
