@@ -70,6 +70,12 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
+def gbytes_per_s(nbytes: int, seconds: Sequence[float]) -> str:
+    """A rate for people: bytes over the median."""
+    rate = nbytes / statistics.median(seconds) / 1e9
+    return f"{rate:,.0f} GB/s" if rate >= 100 else f"{rate:.2f} GB/s"
+
+
 def cpu() -> str:
     """The CPU's model."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -15,12 +15,17 @@ multiples of so many bytes, and makes the accesses 16 bytes wide.
 
 from __future__ import annotations
 
+from typing import Final
+
 import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["first_plane", "units", "tiles", "plane_tiles", "last_chunk", "last_units"])
-def copy_words(  # type: ignore[no-untyped-def, untyped-decorator]  # Triton has no types
+_OF_A_CALL: Final = ["first_plane", "units", "tiles", "plane_tiles", "last_chunk", "last_units"]
+
+
+@triton.jit(do_not_specialize=_OF_A_CALL)  # type: ignore[untyped-decorator]  # Triton has no types
+def copy_words(  # type: ignore[no-untyped-def]
     ids,
     chunks,
     planes,
