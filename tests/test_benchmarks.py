@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command
+from benchmarks import report
 from benchmarks.report import Figure, at_least, at_most, interleaved, ratio, summary
 
 
@@ -48,12 +49,12 @@ def test_the_summary_names_what_was_missed() -> None:
 def test_a_result_is_written_under_its_day_cpu_and_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
 
-    path = command.write({"A part": [at_most("fast", 1, 2, "s")]})
+    path = command.write({"A part": [at_most("fast", 1, 2, "s")]}, "AMD EPYC 9B14")
 
     assert path.parent == tmp_path / "results"
-    assert " " not in path.name
+    assert "-amd-epyc-9b14-" in path.name
     text = path.read_text(encoding="utf-8")
     assert "| fast | 1.00 s | ≤ 2 s | met |" in text
     assert "commit" in text
@@ -63,7 +64,7 @@ def test_an_unknown_part_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main(["servr"])
 
-    assert "got servr, wanted server, engine, transports" in capsys.readouterr().err
+    assert "got servr, wanted server, engine, transports, gpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("met", "code"), [(True, 0), (False, 1)])

@@ -22,19 +22,24 @@ _MEASURED_SHARE: Final = 0.9
 
 @dataclass(frozen=True)
 class Pair:
-    """One GPU's memory read by a process on another. error: empty if the bytes were right both ways."""
+    """One GPU's memory opened by a process on another. error: empty if the bytes were right both ways.
+
+    gbytes_per_s: read by that process; written_gbytes_per_s: written by it. opened_ms: for opening it.
+    """
 
     holder: str
     reader: str
     peer_access: bool
     error: str
     gbytes_per_s: float
+    written_gbytes_per_s: float = 0.0
+    opened_ms: float = 0.0
 
 
 def check_shared_memory(config: Config) -> Iterator[Finding]:
     """A segment as the pool uses it, small, between this process and a second one."""
     with Peer() as peer, allocate("shm:0", _SHM_BYTES, numa=config.segment.numa) as segment:
-        probed = _exchange(peer, segment, own_device=None)
+        probed = exchange(peer, segment, own_device=None)
     where = "" if config.segment.numa is None else f" on NUMA node {config.segment.numa}"
     if probed.error:
         yield Finding(
@@ -48,13 +53,19 @@ def check_shared_memory(config: Config) -> Iterator[Finding]:
         check="shared memory",
         verdict="ok",
         found=f"a segment{where} mapped by a second process: bytes right both ways, "
-        f"{probed.gbytes_per_s:.1f} GB/s",
-        facts={"gbytes_per_s": probed.gbytes_per_s},
+        f"{probed.gbytes_per_s:.1f} GB/s read, {probed.written_gbytes_per_s:.1f} written",
+        facts={
+            "gbytes_per_s": probed.gbytes_per_s,
+            "written_gbytes_per_s": probed.written_gbytes_per_s,
+            "opened_ms": probed.opened_ms,
+        },
     )
 
 
-def _exchange(peer: Peer, segment: Segment, *, own_device: str | None, seed: int = 1) -> Probed:
-    """Write, have the peer compare and write, compare."""
+def exchange(
+    peer: Peer, segment: Segment, *, own_device: str | None, seed: int = 1, is_measured: bool = True
+) -> Probed:
+    """Write, have the peer compare and write, compare; the peer measures on the way if it is to."""
     borrow = segment.borrow()
     assert borrow is not None, "our own segment, which nobody closed"
     with borrow:
@@ -64,7 +75,7 @@ def _exchange(peer: Peer, segment: Segment, *, own_device: str | None, seed: int
             import torch
 
             torch.cuda.synchronize(view.device)
-        measured = int(segment.size * _MEASURED_SHARE)
+        measured = int(segment.size * _MEASURED_SHARE) if is_measured else 0
         probed = peer.probe(segment, seed, own_device=own_device, measured_bytes=measured)
         if not probed.error and not is_pattern(view, seed + 1):
             return Probed("this process reads other bytes than the second one wrote")
@@ -93,12 +104,11 @@ def check_gpus(config: Config) -> Iterator[Finding]:
             found=f"{name}, {gpu_uuid(ordinal)}",
             facts={"uuid": gpu_uuid(ordinal), "name": name},
         )
-    pairs = list(_pairs(count))
-    yield from judge(pairs)
+    yield from judge(list(measured_pairs(count)))
 
 
-def _pairs(count: int) -> Iterator[Pair]:
-    """Every pair, a GPU with itself (two processes on one) included."""
+def measured_pairs(count: int) -> Iterator[Pair]:
+    """Every pair of the first `count` GPUs, one with itself (two processes on it) included."""
     from vcache.segment.gpu import cuda_runtime
 
     runtime = cuda_runtime()
@@ -113,9 +123,16 @@ def _pairs(count: int) -> Iterator[Pair]:
                 for reader in range(count):
                     access = holder == reader or bool(runtime.deviceCanAccessPeer(reader, holder))
                     seed = 1 + 2 * (holder * count + reader)
-                    probed = _exchange(peer, segment, own_device=f"cuda:{reader}", seed=seed)
-                    names = f"cuda:{holder}", f"cuda:{reader}"
-                    yield Pair(*names, access, probed.error, probed.gbytes_per_s)
+                    probed = exchange(peer, segment, own_device=f"cuda:{reader}", seed=seed)
+                    yield Pair(
+                        f"cuda:{holder}",
+                        f"cuda:{reader}",
+                        access,
+                        probed.error,
+                        probed.gbytes_per_s,
+                        probed.written_gbytes_per_s,
+                        probed.opened_ms,
+                    )
 
 
 def judge(pairs: list[Pair]) -> Iterator[Finding]:
@@ -137,30 +154,37 @@ def judge(pairs: list[Pair]) -> Iterator[Finding]:
             found=f"none for {', '.join(blind)}: copies go through host memory",
             advice="see `nvidia-smi topo -p2p r` and -m; ACS or an IOMMU in the way of PCIe, or no NVLink",
         )
-    good = [pair.gbytes_per_s for pair in pairs if not pair.error]
+    good = [pair for pair in pairs if not pair.error]
     if good:
+        read = [pair.gbytes_per_s for pair in good]
+        written = [pair.written_gbytes_per_s for pair in good]
         yield Finding(
             check="GPU memory",
             verdict="ok",
-            found=f"exported and read by a second process: {len(good)} of {len(pairs)} pairs, "
-            f"{min(good):.0f} to {max(good):.0f} GB/s",
+            found=f"exported, and opened by a second process: {len(good)} of {len(pairs)} pairs; "
+            f"read at {min(read):.0f} to {max(read):.0f} GB/s, written at {min(written):.0f} to "
+            f"{max(written):.0f} GB/s, opened in {max(pair.opened_ms for pair in good):.0f} ms at most",
             facts=facts,
         )
 
 
 def pair_table(pairs: list[dict[str, object]]) -> object:
-    """GB/s by holder (lines) and reader (columns), for people."""
+    """GB/s by holder (lines) and the process' GPU (columns), read and written, for people."""
     readers = sorted({str(pair["reader"]) for pair in pairs}, key=_ordinal)
-    table = present.table("GB/s read by a process on", "from", *(f">{reader}" for reader in readers))
+    title = "GB/s, read / written by a process on"
+    table = present.table(title, "memory of", *(f">{reader}" for reader in readers))
     for holder in sorted({str(pair["holder"]) for pair in pairs}, key=_ordinal):
         of = {str(pair["reader"]): pair for pair in pairs if pair["holder"] == holder}
-        cells = [
-            "failed" if of[each]["error"] else f"{of[each]['gbytes_per_s']:.0f}"
-            for each in readers
-            if each in of
-        ]
-        present.add_row(table, [holder, *cells])
+        present.add_row(table, [holder, *(_cell(of.get(reader)) for reader in readers)])
     return table
+
+
+def _cell(pair: dict[str, object] | None) -> str:
+    if pair is None:
+        return "–"
+    if pair["error"]:
+        return "failed"
+    return f"{pair['gbytes_per_s']:.0f} / {pair['written_gbytes_per_s']:.0f}"
 
 
 def _ordinal(device: str) -> int:
