@@ -1,4 +1,4 @@
-"""The kernels on a GPU: every layout, dtype and order, bit for bit against the definition. Run with -m gpu."""
+"""The kernels on a GPU: every layout, dtype and order, bit for bit against the definition (-m gpu)."""
 
 from __future__ import annotations
 

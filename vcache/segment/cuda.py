@@ -130,8 +130,8 @@ class CudaSegment(Segment):
     def _end_incarnation(self) -> None:
         try:
             self._region.write(0, self._header(0))
-        except SegmentError:  # a GPU that failed: the table's incarnation has ended all the same
-            _log.exception("the header of segment %s could not be ended", self.segment_id.hex())
+        except SegmentError as error:  # a GPU that failed: the table's incarnation has ended all the same
+            _log.error("the header of segment %s could not be ended: %s", self.segment_id.hex(), error)
 
     def _copy_out(self, offset: int, length: int) -> bytes:
         return self._region.read(offset, length)
