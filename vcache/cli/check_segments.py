@@ -149,7 +149,7 @@ def judge(pairs: list[Pair]) -> Iterator[Finding]:
                 check="GPU memory",
                 verdict="failed",
                 found=f"{pair.holder} read from {pair.reader}: {pair.error}",
-                advice="see `nvidia-smi topo -p2p r`; MIG has no IPC; containers may need --ipc=host",
+                advice="see `nvidia-smi topo -p2p r`; containers may need --ipc=host",
             )
     blind = [f"{pair.holder} from {pair.reader}" for pair in pairs if not pair.peer_access and not pair.error]
     if blind:
