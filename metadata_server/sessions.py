@@ -214,7 +214,10 @@ class Sessions:
             peer.mapped.discard(message.segment)
             self._unmapped(peer.session, message.segment)
         else:
+            peer.connection = None  # else it would be closed before it is answered
             self._end(peer.session)
+            self._send(connection, protocol.Ended())
+            self._close(connection)
 
     # -- life of a session
 
