@@ -3,8 +3,8 @@
     --kv-transfer-config '{"kv_connector": "VCacheConnector", "kv_role": "kv_both"}'
 
 vLLM makes one in its scheduler and one in each worker; each has its half (`integration.vllm.scheduler`,
-`integration.vllm.worker`), and this is where vLLM's calls meet them. What cannot work raises here, at start-up;
-after that nothing of ours does.
+`integration.vllm.worker`), and this is where vLLM's calls meet them. What cannot work raises here, at start-
+up; after that nothing of ours does.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from integration.vllm.groups import read_groups
 from integration.vllm.guard import guarded
+from integration.vllm.logs import log_with_vllm
 from integration.vllm.messages import Identity, Orders, Report
 from integration.vllm.scheduler import SchedulerHalf
 from integration.vllm.settings import read_settings
 from integration.vllm.stats import VCachePromMetrics, VCacheStats
-from integration.vllm.worker import WorkerHalf
 from integration.vllm.ways import loads_async, warn_of_traps
+from integration.vllm.worker import WorkerHalf
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("vcache.integration.vllm")
 
 
 class VCacheConnector(KVConnectorBase_V1, SupportsHMA):
@@ -39,6 +40,7 @@ class VCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         """Check the configuration and join the pool. Raises ConfigError for what cannot work."""
         super().__init__(vllm_config, role, kv_cache_config)
+        log_with_vllm()
         configured = read_settings(self._kv_transfer_config.kv_connector_extra_config)
         groups = read_groups(vllm_config, kv_cache_config, configured.settings.chunk_tokens)
         load_async = loads_async(configured.settings.load, vllm_config, groups)
@@ -84,7 +86,7 @@ class VCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     @guarded(lambda: (0, False))
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """How many tokens the pool has beyond those; what is answered is held until it is loaded or let go."""
+        """How many tokens the pool has beyond those; they are held until they are loaded or let go."""
         assert self._scheduler is not None
         return self._scheduler.matched_tokens(request, num_computed_tokens)
 

@@ -8,7 +8,7 @@ import torch
 
 
 def use_all_cores() -> None:
-    """Let the calling thread run on every core that this process computes on; on one, if that is all it has."""
+    """Let the calling thread run on every core that this process computes on, if it has several."""
     if torch.get_num_threads() < 2:
         return
     cores: set[int] = set()

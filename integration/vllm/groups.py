@@ -1,4 +1,6 @@
-"""vLLM's groups of KV cache, as chunks see them: how many tokens a page holds, and how far back a layer attends."""
+"""vLLM's groups of KV cache, as chunks see them: how many tokens a page holds, and how far back a layer
+attends.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ from vcache.errors import ConfigError
 class Group:
     """One group of layers that share block tables.
 
-    index: its place in vLLM's block tables. page_tokens: of one block. window_tokens: how many tokens before the next
-    one its layers look at, 0 for all.
+    index: its place in vLLM's block tables. page_tokens: of one block. window_tokens: how many tokens before
+    the next one its layers look at, 0 for all.
     """
 
     index: int
@@ -58,14 +60,15 @@ class Groups:
 def read_groups(vllm_config: Any, kv_cache_config: Any, chunk_tokens: int) -> Groups:
     """The groups of this engine. Raises ConfigError, in words, for what cannot be kept in chunks.
 
-    chunk_tokens: as configured, 0 for one block (of several groups: for the least that all their blocks divide).
+    chunk_tokens: as configured, 0 for one block (of several groups: for the least that all their blocks
+    divide).
     """
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise ConfigError(
-                f"{name}: got {getattr(parallel, name)}, wanted 1: VCache does not keep KV of tokens that are "
-                "divided among ranks"
+                f"{name}: got {getattr(parallel, name)}, wanted 1: VCache keeps no KV of tokens that "
+                "are divided among ranks"
             )
     scheduler_tokens, hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
     all_groups = kv_cache_config.kv_cache_groups
@@ -100,13 +103,15 @@ def _window_tokens(index: int, spec: Any) -> int:
     if type(spec) in (FullAttentionSpec, MLAAttentionSpec):
         return 0
     raise ConfigError(
-        f"KV group {index}: got {type(spec).__name__}, wanted full attention, sliding-window attention or MLA: VCache "
-        "keeps KV of tokens, and this layer's state is something else (Mamba, cross attention, …)"
+        f"KV group {index}: got {type(spec).__name__}, wanted full attention, sliding-window attention "
+        "or MLA: VCache keeps KV of tokens, and this layer's is something else (Mamba, cross attention, …)"
     )
 
 
 def places_of(groups: Groups, parallel: Any) -> list[tuple[int, int]]:
-    """All (pipeline rank, KV rank) that there are. MLA's KV is the same on all tensor-parallel ranks: one KV rank."""
+    """All (pipeline rank, KV rank) that there are. MLA's KV is the same on all tensor-parallel ranks: one KV
+    rank.
+    """
     ranks = 1 if is_replicated(groups) else parallel.tensor_parallel_size
     return [(stage, rank) for stage in range(parallel.pipeline_parallel_size) for rank in range(ranks)]
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("vcache.integration.vllm")
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 

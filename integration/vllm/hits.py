@@ -8,7 +8,8 @@ Flags = Sequence[bool]
 
 
 def first_needed(end: int, first: int, chunk_tokens: int, window_tokens: int) -> int:
-    """The first chunk that a group needs for a hit that ends with chunk `end` - 1 and begins with chunk `first`.
+    """The first chunk that a group needs for a hit that ends with chunk `end` - 1 and begins with chunk
+    `first`.
 
     window_tokens: how far back the group's layers look from the next token, 0 for all.
     """
@@ -20,8 +21,8 @@ def first_needed(end: int, first: int, chunk_tokens: int, window_tokens: int) ->
 def longest_hit(there: Sequence[Flags], windows: Sequence[int], *, first: int, chunk_tokens: int) -> int:
     """The end, in chunks, of the longest hit that begins with chunk `first`; `first` if there is none.
 
-    there: of each group, whether chunk `first` + i is there on all ranks; all of one length. windows: of each group,
-    its window_tokens.
+    there: of each group, whether chunk `first` + i is there on all ranks; all of one length. windows: of each
+    group, its window_tokens.
     """
     count = len(there[0])
     runs = [_runs(flags) for flags in there]

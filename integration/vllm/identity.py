@@ -37,7 +37,7 @@ def model_identity(vllm_config: Any) -> tuple[str, str]:
 
 
 def group_identity(model: str, group: Any, layer_names: list[str], page_format: str) -> str:
-    """The identity of one group's chunks on a rank: which layers, attending how, and what is inside a page."""
+    """The identity of one group's chunks on a rank: its layers, how they attend, what is inside a page."""
     return _digest([model, str(group.index), repr(group.spec), *layer_names, page_format])
 
 
@@ -70,7 +70,9 @@ def _files_of(name: str, revision: str) -> str:
 
 
 def _snapshot(name: str, revision: str) -> str:
-    """Where the hub's files of a model lie on this machine, since a name such as `main` means other files later."""
+    """Where the hub's files of a model lie on this machine, since a name such as `main` means other files
+    later.
+    """
     try:
         from huggingface_hub import snapshot_download
 

@@ -85,7 +85,9 @@ class ChunkKeys:
 
 
 def hashing(vllm_config: Any) -> tuple[bytes, bytes]:
-    """What vLLM's block hashes themselves depend on: the algorithm, and what stands for the parent of the first one."""
+    """What vLLM's block hashes themselves depend on: the algorithm, and what stands for the parent of the
+    first one.
+    """
     from vllm.v1.core import kv_cache_utils  # its seed is drawn when the engine is nearly up
 
     algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)

@@ -19,8 +19,8 @@ Place = tuple[int, int]
 class Identity(KVConnectorHandshakeMetadata):
     """What a worker's chunks are: for the keys that the scheduler's half makes of block hashes.
 
-    fingerprints, identities: of each group, its layout and everything that block hashes leave out. model: the name
-    under which the pool groups this model's chunks.
+    fingerprints, identities: of each group, its layout and everything that block hashes leave out. model: the
+    name under which the pool groups this model's chunks.
     """
 
     place: Place
@@ -32,10 +32,12 @@ class Identity(KVConnectorHandshakeMetadata):
 
 @dataclass(frozen=True)
 class LoadPart:
-    """Chunks of one group to load: `extents` (packed EXTENT, with the generations that were granted) into `pages`.
+    """Chunks of one group to load: `extents` (packed EXTENT, with the generations that were granted) into
+    `pages`.
 
-    chunks: their numbers in the sequence. pages: vLLM's block ids, as many per chunk as it has pages, -1 for those that
-    are not to be written. incomplete: vLLM counts on blocks for which there is no chunk, so the load has failed.
+    chunks: their numbers in the sequence. pages: vLLM's block ids, as many per chunk as it has pages, -1 for
+    those that are not to be written. incomplete: vLLM counts on blocks for which there is no chunk, so the
+    load has failed.
     """
 
     group: int
@@ -47,7 +49,9 @@ class LoadPart:
 
 @dataclass(frozen=True)
 class Load:
-    """Load these chunks for a request, under a pin that the scheduler's half holds until all ranks have reported."""
+    """Load these chunks for a request, under a pin that the scheduler's half holds until all ranks have
+    reported.
+    """
 
     id: int
     request: str
@@ -75,7 +79,9 @@ class Save:
 
 @dataclass
 class Orders(KVConnectorMetadata):
-    """What the workers are to do with one step. idle: the step computes nothing, so there is time to wait. tell: say who you are."""
+    """What the workers are to do with one step. idle: the step computes nothing, so there is time to wait.
+    tell: say who you are.
+    """
 
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
@@ -87,8 +93,8 @@ class Orders(KVConnectorMetadata):
 class Report(KVConnectorWorkerMetadata):
     """What workers have done. loads, saves: by id, how many ranks are through with it.
 
-    failed: by a load's id, the first chunk that did not arrive. stored: by a save's id, how many ranks have all of it
-    in the pool now.
+    failed: by a load's id, the first chunk that did not arrive. stored: by a save's id, how many ranks have
+    all of it in the pool now.
     """
 
     loads: Counter[int] = field(default_factory=Counter)

@@ -1,8 +1,9 @@
-"""Chunks on their way to the pool, as the scheduler sees them: their pages stay pinned until all ranks are through.
+"""Chunks on their way to the pool, as the scheduler sees them: their pages stay pinned until all ranks are
+through.
 
-A chunk is captured in the step that completes it, when its pages are in the block table for sure. It is sent to
-the workers when the step's output has come back: a load that failed, in whatever rank, has been reported by then,
-and nothing that was computed upon it is stored.
+A chunk is captured in the step that completes it, when its pages are in the block table for sure. It is sent
+to the workers when the step's output has come back: a load that failed, in whatever rank, has been reported
+by then, and nothing that was computed upon it is stored.
 """
 
 from __future__ import annotations

@@ -27,13 +27,14 @@ from vcache.errors import ArgumentError, ServerError, Unavailable
 from vcache.keys import namespace
 from vcache.logs import Line
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("vcache.integration.vllm")
 
 _ASK_AGAIN_S = 0.25
 """A request that waits for blocks is asked about in every step; the pool, after a miss, this often."""
 
 _FAILED_MISS_S = 30.0
-"""How long a chunk that failed to load counts as a miss for all requests: what ails a holder lasts a while."""
+"""How long a chunk that failed to load counts as a miss for all requests: what ails a holder lasts a while.
+"""
 
 _FAILED_MAX = 65_536
 """Chunks remembered as such."""
@@ -162,7 +163,7 @@ class SchedulerHalf:
     def _end_of_hits(self, tracked: _Tracked, first: int) -> int:
         """The first chunk that cannot be a hit: the last token is computed in any case."""
         request = tracked.request
-        end = min(
+        end: int = min(
             (request.num_tokens - 1) // self._groups.chunk_tokens,
             len(request.block_hashes) // self._groups.hashes_per_chunk,
             first + self._chunks_max,
@@ -397,7 +398,9 @@ class SchedulerHalf:
             loading.pinned.release()
 
     def _remember_failure(self, tracked: _Tracked, chunk: int) -> None:
-        """A chunk did not arrive: nothing from it on is loaded for this request any more, nor soon for others."""
+        """A chunk did not arrive: nothing from it on is loaded for this request any more, nor soon for
+        others.
+        """
         tracked.limit = chunk if tracked.limit is None else min(chunk, tracked.limit)
         tracked.loaded = range(
             tracked.loaded.start, max(tracked.loaded.start, min(chunk, tracked.loaded.stop))

@@ -1,4 +1,4 @@
-"""Finding a prefix in the pool and pinning it: carried out by a thread, so that no answer is waited for long."""
+"""Finding a prefix in the pool and pinning it: by a thread, so that no answer is waited for long."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vcache.errors import LocalStateError, ServerError, Unavailable
 from vcache.limits import KEYS_PER_REQUEST_MAX
 from vcache.protocol import Extents
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("vcache.integration.vllm")
 
 _SEARCH_THREADS = 2
 

@@ -1,4 +1,6 @@
-"""What `kv_connector_extra_config` may say: the connector's own settings, and any field of VCache's configuration."""
+"""What `kv_connector_extra_config` may say: the connector's own settings, and any field of VCache's
+configuration.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,13 @@ _SOURCE = "kv_connector_extra_config"
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How the connector uses the pool. `read_settings` makes one."""
 
-    # Tokens of one chunk, a multiple of vLLM's block size; 0: one block, the finest sharing. More tokens cost fewer
+    # Tokens of one chunk, a multiple of vLLM's block size; 0: one block, the finest sharing. More tokens cost
+    # fewer
     # keys and share only at coarser boundaries.
     chunk_tokens: Annotated[int, Meta(ge=0, le=65_536)] = 0
-    # sync: within the step that needs it, the shortest way to a first token. async: while other requests are computed;
-    # needed with several KV groups and with asynchronous scheduling. auto: sync where it is possible.
+    # sync: within the step that needs it, the shortest way to a first token. async: while other requests are
+    # computed; needed with several KV groups and with asynchronous scheduling. auto: sync where it is
+    # possible.
     load: Literal["auto", "sync", "async"] = "auto"
     # How long the scheduler waits for the pool's answer before it asks again in the next step.
     lookup_deadline_ms: Annotated[float, Meta(ge=0, le=1_000)] = 5.0
@@ -30,7 +34,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     store_generated: bool = True
     # Whether this engine stores at all (kv_role kv_consumer does not either).
     store: bool = True
-    # Keys private to this engine, and new ones at each reset: for weights that are changed in place. auto: where vLLM is
+    # Keys private to this engine, and new ones at each reset: for weights that are changed in place. auto:
+    # where vLLM is
     # configured for that (weight transfer, sleep mode).
     private: Literal["auto", "yes", "no"] = "auto"
     # The YAML file with VCache's configuration; else VCACHE_CONFIG.
@@ -49,7 +54,7 @@ _WANTED = {
 
 
 class Configured(NamedTuple):
-    """The connector's settings and VCache's configuration; `device_given`: whether somebody chose the device."""
+    """The connector's settings, VCache's configuration, and whether somebody chose its device."""
 
     settings: Settings
     config: Config

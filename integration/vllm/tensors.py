@@ -33,7 +33,7 @@ def describe_pages(
         tensor = kv_caches.get(name)
         if tensor is None:  # a layer of another pipeline rank
             continue
-        place = (tensor.data_ptr(), tensor.storage_offset())
+        place = (tensor.data_ptr(), int(tensor.storage_offset()))
         if place not in seen:  # layers that share their KV have one tensor
             seen.add(place)
             names.append(name)
@@ -65,20 +65,22 @@ def describe_pages(
 
 
 def page_bytes(name: str, tensor: Tensor, num_blocks: int) -> Tensor:
-    """A layer's tensor as (pages, bytes of a page). Raises ConfigError where a page is not one piece of memory.
+    """A layer's tensor as (pages, bytes of a page). Raises ConfigError where a page is not one piece of
+    memory.
 
     The backend may have divided vLLM's blocks into smaller ones; then several of these are a page.
     """
     if tensor.shape[0] % num_blocks:
         raise ConfigError(f"{name}: got {tensor.shape[0]} blocks, wanted a multiple of {num_blocks}")
-    grid = tensor.detach().unflatten(0, (num_blocks, tensor.shape[0] // num_blocks))
+    grid = tensor.detach().view(num_blocks, tensor.shape[0] // num_blocks, *tensor.shape[1:])
     inner = sorted(zip(grid.stride()[1:], grid.shape[1:], strict=True))
     expected = 1
     for stride, length in inner:
         if length > 1 and stride != expected:
             raise ConfigError(
-                f"{name}: got a page in pieces (shape {tuple(tensor.shape)}, strides {tensor.stride()}), wanted one "
-                "whose bytes lie together: set VLLM_KV_CACHE_LAYOUT to LBNHC, LBHNC, BLNHC or BLHNC"
+                f"{name}: got a page in pieces (shape {tuple(tensor.shape)}, strides "
+                f"{tensor.stride()}), wanted one whose bytes lie together: set VLLM_KV_CACHE_LAYOUT to "
+                "LBNHC, LBHNC, BLNHC or BLHNC"
             )
         expected *= length
     size = tensor.element_size()

@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 from integration.vllm.affinity import use_all_cores
 from integration.vllm.groups import Groups, is_replicated
 from integration.vllm.identity import group_identity, model_identity, page_format
-from integration.vllm.messages import Identity, Load, LoadPart, Orders, Place, Report, Save
+from integration.vllm.messages import Identity, Load, LoadPart, Orders, Place, Report, Save, SavePart
 from integration.vllm.settings import Configured
 from integration.vllm.stats import Observed
 from integration.vllm.tensors import GroupPages, attention_of, describe_pages
@@ -31,7 +31,7 @@ from vcache.engine.store import Store
 from vcache.limits import KEY_BYTES
 from vcache.logs import Line
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("vcache.integration.vllm")
 
 _IDLE_WAIT_LOAD_S = 0.01
 """A step that computes nothing waits so long for a load: a request that comes meanwhile waits no longer."""
@@ -107,8 +107,8 @@ class WorkerHalf:
         return self._identity
 
     def register(self, kv_caches: Mapping[str, Tensor]) -> None:
-        """vLLM has allocated its KV tensors: describe them and join the pool. Raises VCacheError, in words, for what
-        cannot be shared.
+        """vLLM has allocated its KV tensors: describe them and join the pool. Raises VCacheError, in words,
+        for what cannot be shared.
         """
         import vllm
         from vllm.config import get_layers_from_vllm_config
@@ -236,7 +236,7 @@ class WorkerHalf:
 
     def _pages_from(self, parts: tuple[LoadPart, ...], chunk: int) -> set[int]:
         """The blocks of this chunk and of those after it."""
-        pages = set()
+        pages: set[int] = set()
         for part in parts:
             per_chunk = self._groups.groups[part.group].pages_in(self._groups.chunk_tokens)
             for at, number in enumerate(part.chunks):
@@ -257,7 +257,8 @@ class WorkerHalf:
         started_s = time.perf_counter()
         stored = False
         try:
-            stored = not self._saves_here or all([self._save_part(part) for part in save.parts])
+            parts = save.parts if self._saves_here else ()
+            stored = sum(self._save_part(part) for part in parts) == len(parts)
         except Exception as error:  # of ours or a driver's: nothing was stored
             _log.exception("a store failed")
             self._counters.failed(Cause.MALFORMED, repr(error))
@@ -268,7 +269,7 @@ class WorkerHalf:
             self._done.report.stored[save.id] = int(stored)
             self._changed.notify_all()
 
-    def _save_part(self, part: Any) -> bool:
+    def _save_part(self, part: SavePart) -> bool:
         half = self._halves[part.group]
         keys = list(part.keys[self._place])
         return half.store.run(half.transfer(keys, part.pages)) == len(keys)
@@ -276,7 +277,9 @@ class WorkerHalf:
     # -- reports
 
     def results(self) -> KVConnectorTransferResults:
-        """What arrived or failed since the last call. Of a step that computes nothing it waits a little for more."""
+        """What arrived or failed since the last call. Of a step that computes nothing it waits a little for
+        more.
+        """
         with self._changed:
             if self._idle and not self._done and (self._loads_running or self._saves_running):
                 patience_s = _IDLE_WAIT_LOAD_S if self._loads_running else _IDLE_WAIT_SAVE_S

@@ -32,7 +32,7 @@ class Engine:
         lora: list[Any] | None = None,
         prompt_logprobs: int | None = None,
     ) -> list[dict[str, Any]]:
-        """Answer prompts, all at once; of each the tokens, their logprobs, and how many tokens were cached."""
+        """Answer prompts, all at once: tokens, their logprobs, how many tokens were cached."""
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
@@ -61,7 +61,11 @@ class Engine:
         ids = []
         for at, prompt in enumerate(prompts):
             parameters = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, detokenize=False)
-            ids.append(engine.add_request(f"abort-{os.urandom(4).hex()}-{at}", {"prompt_token_ids": prompt}, parameters))
+            ids.append(
+                engine.add_request(
+                    f"abort-{os.urandom(4).hex()}-{at}", {"prompt_token_ids": prompt}, parameters
+                )
+            )
         for _ in range(after_steps):
             engine.step()
         engine.abort_request(ids, internal=True)
@@ -80,7 +84,7 @@ class Engine:
         found: dict[str, float] = {}
         for family in REGISTRY.collect():
             for sample in family.samples:
-                if sample.name.startswith("vllm:vcache"):
+                if sample.name.startswith("vllm:vcache") and not sample.name.endswith("_created"):
                     found[sample.name] = found.get(sample.name, 0.0) + sample.value
         return found
 
@@ -88,7 +92,8 @@ class Engine:
 def _answer(output: Any) -> dict[str, Any]:
     told = output.outputs[0]
     logprobs = [
-        sorted((token, value.logprob) for token, value in position.items()) for position in told.logprobs or ()
+        sorted((token, value.logprob) for token, value in position.items())
+        for position in told.logprobs or ()
     ]
     return {
         "tokens": list(told.token_ids),

@@ -63,10 +63,12 @@ class Reading:
             self._requests.ledger.finish(rid)
 
     def adopt(self, extents: bytes, lineage: int) -> Grant:
-        """A grant that another process of this machine was given and holds: to read under it and ask the fence.
+        """A grant that another process of this machine was given and holds: to read under it and ask the
+        fence.
 
-        extents: packed EXTENT records, as they were granted. Nothing is asked or held here; do not release it. Raises
-        Unavailable if there is no connection to the server that granted it, RemoteProtocolError for impossible extents.
+        extents: packed EXTENT records, as they were granted. Nothing is asked or held here; do not release
+        it. Raises Unavailable if there is no connection to the server that granted it, RemoteProtocolError
+        for impossible extents.
         """
         return adopted(extents, lineage, self._requests.connection())
 

@@ -21,8 +21,9 @@ class GrantedLoads:
         self._counters = counters
 
     def run(self, transfer: Transfer, extents: bytes, lineage: int) -> list[bool]:
-        """Copy the chunks of `transfer` out of `extents` (packed, in the same order) into its pages; of each, whether
-        its pages hold now what was stored. When it returns, or raises, nothing touches the pages any more.
+        """Copy the chunks of `transfer` out of `extents` (packed, in the same order) into its pages; of each,
+        whether its pages hold now what was stored. When it returns, or raises, nothing touches the pages any
+        more.
         """
         arrived = [False] * len(transfer)
         try:
