@@ -78,9 +78,9 @@ def test_a_prefix_hits_up_to_every_chunk_boundary(pair: Pair, side: str) -> None
             continue
         asked = base[:shared] + prompt(1000 + shared, 40)
         expected = own_hit(owner, asked)
+        stored(pair, owner)  # the question's own blocks, too
         forget(reader)
         answer = reader.ask(asked)
-        # Its own question has been stored by now, too, up to its last whole block.
         assert answer["cached"] == expected["cached"]
         assert same(answer, expected), shared
 
