@@ -65,7 +65,7 @@ class _Tracked:
 class _Loading:
     """A load that workers carry out, under a pin."""
 
-    request: str
+    request: Any
     pinned: Pinned
     ranks: int
     failed: int | None = None
@@ -237,7 +237,7 @@ class SchedulerHalf:
         self._last_load += 1
         parts = self._load_parts(pinned, tables, begin, end)
         load = Load(self._last_load, request.request_id, self._load_async, pinned.hit.lineage, parts)
-        self._loading[load.id] = _Loading(request.request_id, pinned, self._ranks)
+        self._loading[load.id] = _Loading(request, pinned, self._ranks)
         self._new_loads.append(load)
         tracked.loaded = range(begin // chunk_tokens, end // chunk_tokens)
         self.observed.add(hit_tokens=external_tokens)
@@ -390,33 +390,33 @@ class SchedulerHalf:
         if loading is None:
             return
         loading.ranks -= ranks
-        tracked = self._tracked.get(loading.request)
-        if failed is not None and tracked is not None:
-            self._remember_failure(tracked, failed)
-        if loading.ranks <= 0:
-            del self._loading[load]
-            loading.pinned.release()
+        if failed is not None:
+            loading.failed = failed if loading.failed is None else min(failed, loading.failed)
+            self._remember_failure(loading.request, failed)
+        if loading.ranks > 0:
+            return
+        del self._loading[load]
+        loading.pinned.release()
+        if loading.failed is not None:
+            self.observed.add(failed_loads=1)
+            _log.warning(Line("a load failed", request=loading.request.request_id, chunk=loading.failed))
 
-    def _remember_failure(self, tracked: _Tracked, chunk: int) -> None:
-        """A chunk did not arrive: nothing from it on is loaded for this request any more, nor soon for
-        others.
-        """
+    def _remember_failure(self, request: Any, chunk: int) -> None:
+        """A chunk did not arrive: from it on nothing is loaded for this request, nor soon for others."""
+        if chunk < len(request.block_hashes) // self._groups.hashes_per_chunk:
+            self._failed[self._hash(request, chunk)] = time.monotonic()
+        while len(self._failed) > _FAILED_MAX:
+            self._failed.popitem(last=False)
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            return
         tracked.limit = chunk if tracked.limit is None else min(chunk, tracked.limit)
-        tracked.loaded = range(
-            tracked.loaded.start, max(tracked.loaded.start, min(chunk, tracked.loaded.stop))
-        )
+        start, stop = tracked.loaded.start, tracked.loaded.stop
+        tracked.loaded = range(start, max(start, min(chunk, stop)))
         tracked.captured_to = min(tracked.captured_to, chunk)
         for each in [each for each in tracked.captured if each.chunk >= chunk]:
             tracked.captured.remove(each)
             self._pins.unpin(each.page_ids())
-        if chunk < len(tracked.request.block_hashes) // self._groups.hashes_per_chunk:
-            self._failed[self._hash(tracked.request, chunk)] = time.monotonic()
-        while len(self._failed) > _FAILED_MAX:
-            self._failed.popitem(last=False)
-        self.observed.add(failed_loads=1)
-        _log.warning(
-            Line("a load failed; its tokens are computed", request=tracked.request.request_id, chunk=chunk)
-        )
 
     # -- everything else
 

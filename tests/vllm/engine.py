@@ -84,7 +84,8 @@ class Engine:
         found: dict[str, float] = {}
         for family in REGISTRY.collect():
             for sample in family.samples:
-                if sample.name.startswith("vllm:vcache") and not sample.name.endswith("_created"):
+                ours = sample.name.startswith(("vllm:vcache", "vllm:num_preemptions"))
+                if ours and not sample.name.endswith("_created"):
                     found[sample.name] = found.get(sample.name, 0.0) + sample.value
         return found
 

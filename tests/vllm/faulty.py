@@ -1,7 +1,8 @@
-"""The connector with places at which a load stops until the test lets it go on: everything else is the real one.
+"""The connector with places at which a load stops until the test lets it go on: everything else is the real
+one.
 
-The folder is named by FAULTS_FOLDER: with a file `stop` in it, a load that has copied its chunks, and has not yet
-asked the fence, makes `reached` and waits for `go`.
+The folder is named by FAULTS_FOLDER: with a file `stop` in it, a load that has copied its chunks, and has not
+yet asked the fence, makes `reached` and waits for `go`.
 """
 
 from __future__ import annotations

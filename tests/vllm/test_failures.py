@@ -105,8 +105,6 @@ def test_vllm_starts_and_serves_without_a_server_and_uses_it_when_it_comes(
         return bool(engine.ask(asked, max_tokens=4)["cached"] == HIT)
 
     eventually(comes_back, "the engine uses the server")
-    for engine in engines.values():
-        assert "a warning" if "fail" in engine.log.name else True
     assert "kv_load_failure_policy is 'fail'" in engines["sync fail"].log.read_text()
     assert "kv_load_failure_policy is 'fail'" not in engines["sync recompute"].log.read_text()
 
@@ -205,5 +203,7 @@ def test_another_engine_dies_in_mid_load(
 
 def test_the_engines_say_nothing_worse_than_warnings(engines: dict[str, EngineProcess]) -> None:
     for engine in engines.values():
-        ours = [line for line in engine.log.read_text().splitlines() if "vcache" in line or "integration" in line]
+        ours = [
+            line for line in engine.log.read_text().splitlines() if "vcache" in line or "integration" in line
+        ]
         assert not [line for line in ours if "ERROR" in line or "Traceback" in line]

@@ -25,7 +25,11 @@ def pair(machine: Machine, model: Callable[..., Path]) -> Pair:
     machine.start_server()
     machine.start_holder("64MiB")
     llama = model("llama")
-    events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": f"ipc://{machine.folder}/events"}
+    events = {
+        "enable_kv_cache_events": True,
+        "publisher": "zmq",
+        "endpoint": f"ipc://{machine.folder}/events",
+    }
     one = machine.engine(llama, name="one", wait=False, kv_events_config=events)
     other = machine.engine(llama, name="other", wait=False, extra={"load": "async"}, async_scheduling=False)
     one.receive(START_S)
@@ -57,7 +61,7 @@ def same(answer: dict[str, Any], expected: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("turn", ["one to other", "other to one"])
-def test_what_one_has_computed_the_other_loads_and_answers_bit_for_bit_the_same(pair: Pair, turn: str) -> None:
+def test_the_other_engine_loads_and_answers_the_same_bit_for_bit(pair: Pair, turn: str) -> None:
     first, second = (pair.one, pair.other) if turn == "one to other" else (pair.other, pair.one)
     asked = prompt(1 if first is pair.one else 2, 400)
     expected = own_hit(first, asked, max_tokens=8)
@@ -180,7 +184,9 @@ def test_events_tell_what_was_stored(pair: Pair) -> None:
         stored(pair, pair.one)
         while subscriber.poll(50):
             events = msgspec.msgpack.decode(subscriber.recv_multipart()[-1])[1]
-            told.extend(event for event in events if event["type"] == "BlockStored" and event["medium"] == "CPU")
+            told.extend(
+                event for event in events if event["type"] == "BlockStored" and event["medium"] == "CPU"
+            )
         return bool(told)
 
     eventually(hear, "an event arrives")
@@ -199,7 +205,9 @@ def test_metrics_say_what_happened(pair: Pair) -> None:
     after = pair.other.call("metrics")
     page_bytes = 2 * 2 * BLOCK * 2 * 32 * 2  # layers, K and V, tokens, heads, head size, bfloat16
     assert after["vllm:vcache_hit_tokens_total"] - before["vllm:vcache_hit_tokens_total"] == 384
-    assert after["vllm:vcache_loaded_bytes_total"] - before["vllm:vcache_loaded_bytes_total"] == 12 * page_bytes
+    assert (
+        after["vllm:vcache_loaded_bytes_total"] - before["vllm:vcache_loaded_bytes_total"] == 12 * page_bytes
+    )
     assert after["vllm:vcache_load_seconds_count"] - before["vllm:vcache_load_seconds_count"] == 1
     assert pair.one.call("metrics")["vllm:vcache_stored_bytes_total"] > 0
 
@@ -218,7 +226,9 @@ def test_nothing_is_left_behind(pair: Pair) -> None:
     for engine in (pair.one, pair.other):
         forget(engine)
         assert "Traceback" not in "\n".join(
-            line for line in engine.log.read_text().splitlines() if "Tokenizer" not in line and "base.py" not in line
+            line
+            for line in engine.log.read_text().splitlines()
+            if "Tokenizer" not in line and "base.py" not in line
         )
         assert engine.call("metrics")["vllm:vcache_failures_total"] == 0
     pair.machine.nothing_is_held()
