@@ -79,7 +79,7 @@ def _show(console: Console, directory: Path, stack: ExitStack) -> None:
     console.print(_table(answers))
     _check(answers)
     console.print(
-        "The second server had the document's KV from shared memory and computed none of it. The answers agree."
+        "The second server had the document's KV from the pool and computed none of it. The answers agree."
     )
 
 

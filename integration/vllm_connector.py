@@ -155,12 +155,15 @@ class VCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     @guarded(lambda: None)
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Begin the step's loads; those that the step needs are done when it returns."""
+        """Begin the step's loads; those that the step needs are done when it returns, or layer by layer."""
         if self._worker is not None and self._connector_metadata is not None:
             self._worker.start_loads(self._connector_metadata)
 
+    @guarded(lambda: None)
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: what a step needs is loaded before it begins."""
+        """Return when the step's loads have brought this layer."""
+        if self._worker is not None:
+            self._worker.wait_for_layer(layer_name)
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
@@ -214,8 +217,16 @@ class VCacheConnector(KVConnectorBase_V1, SupportsHMA):
         return VCachePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Whether the model must call us between its layers."""
+        return bool(extra_config.get("layerwise", False))
+
+    @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
         """On a GPU one page of all layers in one piece: the fewest and largest copies."""
         from vllm.platforms import current_platform
 
-        return "BLHNC" if current_platform.is_cuda() else None
+        layerwise = cls.requires_piecewise_for_cudagraph(
+            vllm_config.kv_transfer_config.kv_connector_extra_config
+        )
+        return "BLHNC" if current_platform.is_cuda() and not layerwise else None

@@ -28,6 +28,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     # computed; needed with several KV groups and with asynchronous scheduling. auto: sync where it is
     # possible.
     load: Literal["auto", "sync", "async"] = "auto"
+    # Whether a synchronous load brings one layer after the other while the model computes: more, smaller
+    # copies.
+    layerwise: bool = False
     # How long the scheduler waits for the pool's answer before it asks again in the next step.
     lookup_deadline_ms: Annotated[float, Meta(ge=0, le=1_000)] = 5.0
     # Whether KV of generated tokens is stored, too: the next turn of a chat begins with them.
@@ -45,6 +48,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 _WANTED = {
     "chunk_tokens": "an integer >= 0 and <= 65536",
     "load": "'auto', 'sync' or 'async'",
+    "layerwise": "true or false",
     "lookup_deadline_ms": "a number >= 0 and <= 1000 (milliseconds)",
     "store_generated": "true or false",
     "store": "true or false",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 from integration.vllm.affinity import use_all_cores
 from integration.vllm.groups import Groups, is_replicated
 from integration.vllm.identity import group_identity, model_identity, page_format
+from integration.vllm.layer_waits import LayerWaits
 from integration.vllm.messages import Identity, Load, LoadPart, Orders, Place, Report, Save, SavePart
 from integration.vllm.settings import Configured
 from integration.vllm.stats import Observed
@@ -24,10 +27,12 @@ from integration.vllm.tensors import GroupPages, attention_of, describe_pages
 from vcache.client import Client
 from vcache.engine.arguments import Transfer
 from vcache.engine.granted import GrantedLoads
+from vcache.engine.layerwise import Layers
 from vcache.engine.lending import Lending
 from vcache.engine.pool import Pool
 from vcache.engine.stats import Cause, Counters
 from vcache.engine.store import Store
+from vcache.errors import ServerError, Unavailable
 from vcache.limits import KEY_BYTES
 from vcache.logs import Line
 
@@ -49,6 +54,7 @@ class _GroupHalf:
     pages: GroupPages
     loads: GrantedLoads
     store: Store
+    layers: Layers | None
 
     def transfer(self, keys: list[bytes], ids: tuple[int, ...]) -> Transfer:
         """Whole chunks in these pages."""
@@ -82,6 +88,9 @@ class WorkerHalf:
         self._num_blocks = kv_cache_config.num_blocks
         self._groups = groups
         self._configured = configured
+        self._layerwise = configured.settings.layerwise
+        self._waits = LayerWaits()
+        self._needed: list[Future[None]] = []
         self._counters = Counters()
         self.observed = Observed(self._counters)
         self._place: Place = (0, 0)
@@ -93,6 +102,7 @@ class WorkerHalf:
         self._changed = threading.Condition()
         self._done = _Done()
         self._taken = _Done()
+        self._mapped_for = 0
         self._loads_running = 0
         self._saves_running = 0
         self._idle = False
@@ -160,9 +170,11 @@ class WorkerHalf:
         for pages in described:
             pool = Pool(client, self._counters, pages.paged.layout, label, config.device)
             loads = GrantedLoads(client, pool, self._counters)
-            self._halves.append(_GroupHalf(pages, loads, Store(pool, None, self._counters)))
+            layers = Layers(pages.paged) if self._layerwise and len(pages.paged.layers) > 1 else None
+            self._halves.append(_GroupHalf(pages, loads, Store(pool, None, self._counters), layers))
         if config.server.autostart:
             client.wait_connected(config.client.connect_timeout_ms / 1e3)
+        self._saver.submit(self._map_segments)
 
     def close(self) -> None:
         """Wait for running copies, then leave the pool."""
@@ -185,29 +197,51 @@ class WorkerHalf:
             return
         with self._changed:
             self._loads_running += len(orders.loads)
-        needed = []
         for load in orders.loads:
+            if self._layerwise and not load.is_async:
+                self._waits.expect(self._layers_of(load))
             future = self._loader.submit(self._load, load)
             if not load.is_async:
-                needed.append(future)
-        for each in needed:
-            each.result()
+                self._needed.append(future)
+        if not self._layerwise:
+            self.finish_loads()
+
+    def wait_for_layer(self, layer: str) -> None:
+        """Return when the step's loads have brought this layer."""
+        self._waits.wait(layer)
+
+    def finish_loads(self) -> None:
+        """Return when the loads that the step needs are done."""
+        needed, self._needed = self._needed, []
+        for load in needed:
+            load.result()
+
+    def _layers_of(self, load: Load) -> list[str]:
+        """The layers that a load brings, each as often as it does."""
+        parts = load.parts.get(self._place, ())
+        return [name for part in parts for name in self._halves[part.group].pages.layer_names]
 
     def _load(self, load: Load) -> None:
         """Carry out a load. Whatever happens, it is reported once, and by then no copy runs."""
         started_s = time.perf_counter()
         failed: int | None = None
         parts = load.parts.get(self._place, ())
+        awaited = Counter(self._layers_of(load)) if self._layerwise and not load.is_async else Counter()
         try:
             for part in parts:
-                chunk = self._load_part(part, load.lineage)
+                chunk = self._load_part(part, load.lineage, awaited)
                 if chunk is not None:
                     failed = chunk if failed is None else min(chunk, failed)
         except Exception as error:  # of ours or a driver's: vLLM computes what was to be loaded
             _log.exception("a load failed")
             self._counters.failed(Cause.MALFORMED, repr(error))
             failed = min((chunk for part in parts for chunk in part.chunks), default=0)
+        finally:
+            self._waits.arrived(list(awaited.elements()))
         self.observed.seconds("load_seconds", time.perf_counter() - started_s)
+        self._loaded(load, parts, failed)
+
+    def _loaded(self, load: Load, parts: tuple[LoadPart, ...], failed: int | None) -> None:
         with self._changed:
             self._loads_running -= 1
             self._done.report.loads[load.id] = 1
@@ -221,16 +255,26 @@ class WorkerHalf:
                 self._done.bad_blocks.update(self._pages_from(parts, failed))
             self._changed.notify_all()
 
-    def _load_part(self, part: LoadPart, lineage: int) -> int | None:
-        """The first chunk that did not arrive; None if all did."""
+    def _load_part(self, part: LoadPart, lineage: int, awaited: Counter[str]) -> int | None:
+        """The first chunk that did not arrive; None if all did. What the model waits for leaves `awaited`."""
         if part.incomplete:
             self._counters.failed(Cause.MALFORMED, "vLLM allocated blocks for which no chunk was found")
             return min(part.chunks, default=0)
         if not part.chunks:
             return None
         half = self._halves[part.group]
+
+        def on_layer(layer: int) -> None:
+            name = half.pages.layer_names[layer]
+            awaited[name] -= 1
+            self._waits.arrived([name])
+
         arrived = half.loads.run(
-            half.transfer([_NO_KEY] * len(part.chunks), part.pages), part.extents, lineage
+            half.transfer([_NO_KEY] * len(part.chunks), part.pages),
+            part.extents,
+            lineage,
+            layers=half.layers if awaited else None,
+            on_layer=on_layer,
         )
         return next((chunk for chunk, came in zip(part.chunks, arrived, strict=True) if not came), None)
 
@@ -248,15 +292,26 @@ class WorkerHalf:
 
     def start_saves(self, orders: Orders) -> None:
         """Begin to store; vLLM keeps the pages as they are until it is reported."""
+        self.finish_loads()
         with self._changed:
             self._saves_running += len(orders.saves)
         for save in orders.saves:
             self._saver.submit(self._save, save)
 
+    def _map_segments(self) -> None:
+        """Map the pool before anybody waits for it: once for every server that we see."""
+        assert self._client is not None
+        epoch = self._client.epoch
+        if epoch and epoch != self._mapped_for:
+            self._mapped_for = epoch
+            with suppress(Unavailable, ServerError):  # then at first use
+                self._client.map_segments()
+
     def _save(self, save: Save) -> None:
         started_s = time.perf_counter()
         stored = False
         try:
+            self._map_segments()
             parts = save.parts if self._saves_here else ()
             stored = sum(self._save_part(part) for part in parts) == len(parts)
         except Exception as error:  # of ours or a driver's: nothing was stored

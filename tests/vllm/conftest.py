@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -40,3 +41,15 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """A runtime directory of the module's own."""
     with Machine(tmp_path_factory.mktemp("engines")) as machine:
         yield machine
+
+
+@pytest.fixture
+def unused_port() -> Callable[[], int]:
+    """A port that nobody has."""
+
+    def find() -> int:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            return int(found.getsockname()[1])
+
+    return find

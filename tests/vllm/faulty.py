@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from integration.vllm_connector import VCacheConnector
-from vcache.client import Grant
-from vcache.engine.arguments import Transfer
 from vcache.engine.granted import GrantedLoads
 
 _never = threading.Event()
 _copy = GrantedLoads._scatter
 
 
-def _copy_and_stop(self: GrantedLoads, transfer: Transfer, grant: Grant) -> Any:
-    copied = _copy(self, transfer, grant)
+def _copy_and_stop(self: GrantedLoads, *arguments: Any) -> Any:
+    copied = _copy(self, *arguments)
     folder = Path(os.environ["FAULTS_FOLDER"])
     if (folder / "stop").exists():
         (folder / "stop").unlink()

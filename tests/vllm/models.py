@@ -52,6 +52,33 @@ def gemma3(folder: Path, *, seed: int = 0) -> Path:
     )
 
 
+def adapter(folder: Path, *, seed: int = 0) -> Path:
+    """A LoRA adapter for `llama`."""
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(seed)
+    weights = {}
+    for layer in range(2):
+        for name, width in (("q_proj", 128), ("v_proj", 64)):
+            place = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{place}.lora_A.weight"] = torch.randn(8, 128, dtype=torch.bfloat16)
+            weights[f"{place}.lora_B.weight"] = torch.randn(width, 8, dtype=torch.bfloat16)
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": 8,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj"],
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
 def _save(folder: Path, config: object, seed: int) -> Path:
     import torch
     from transformers import AutoModelForCausalLM

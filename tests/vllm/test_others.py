@@ -105,6 +105,37 @@ def test_a_hybrid_model_shares_all_its_groups(pool: Machine, model: Callable[...
     end(pool, one, other)
 
 
+def test_an_adapter_counts_by_its_content(pool: Machine, model: Callable[..., Path]) -> None:
+    options = {"model": model("llama"), "enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
+    one, other = start(pool, {"name": "lora-a", **options}, {"name": "lora-b", **options})
+    asked = prompt(7, 300)
+    ours, theirs = str(model("adapter", seed=1)), str(model("adapter", seed=2))
+    one.ask(asked, lora=["name", 1, ours], max_tokens=4)
+    expected = one.ask(asked, lora=["name", 1, ours], max_tokens=4)
+    forget(one)
+    assert other.ask(asked)["cached"] == 0  # without an adapter
+    assert other.ask(asked, lora=["name", 2, theirs])["cached"] == 0  # another one of that name
+    answer = other.ask(asked, lora=["name", 3, ours], max_tokens=4)
+    assert answer["cached"] == expected["cached"] == 288
+    assert answer["logprobs"] == expected["logprobs"]
+    end(pool, one, other)
+
+
+def test_layer_by_layer(pool: Machine, writer: EngineProcess, model: Callable[..., Path]) -> None:
+    (layers,) = start(
+        pool, {"model": model("llama"), "name": "layers", "extra": {"load": "sync", "layerwise": True}}
+    )
+    for seed in range(3):
+        asked = prompt(800 + seed, 700)
+        writer.ask(asked, max_tokens=4)
+        expected = writer.ask(asked, max_tokens=4)
+        forget(writer)
+        answer = layers.ask(asked, max_tokens=4)
+        assert answer["cached"] == expected["cached"] == 672
+        assert answer["logprobs"] == expected["logprobs"]
+    end(pool, layers)
+
+
 def test_beside_another_connector(
     pool: Machine, writer: EngineProcess, model: Callable[..., Path], tmp_path: Path
 ) -> None:

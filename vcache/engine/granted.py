@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vcache.client import Client, Grant
 from vcache.engine.arguments import Transfer
 from vcache.engine.copies import scatter
+from vcache.engine.layerwise import Layers
 from vcache.engine.pool import Pool
 from vcache.engine.stats import Cause, Counters
 from vcache.errors import RemoteProtocolError, Unavailable
@@ -20,10 +21,20 @@ class GrantedLoads:
         self._pool = pool
         self._counters = counters
 
-    def run(self, transfer: Transfer, extents: bytes, lineage: int) -> list[bool]:
+    def run(
+        self,
+        transfer: Transfer,
+        extents: bytes,
+        lineage: int,
+        *,
+        layers: Layers | None = None,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> list[bool]:
         """Copy the chunks of `transfer` out of `extents` (packed, in the same order) into its pages; of each,
-        whether its pages hold now what was stored. When it returns, or raises, nothing touches the pages any
-        more.
+        whether its pages hold now what was stored. When it returns, or raises, nothing touches them any more.
+
+        layers: copy one layer after the other. on_layer: called after each, when its copy has finished; the
+        fence is asked after the last.
         """
         arrived = [False] * len(transfer)
         try:
@@ -38,7 +49,7 @@ class GrantedLoads:
             self._counters.failed(Cause.MALFORMED, "chunks have a wrong length")
             return arrived
         with self._counters.seconds("retrieve_seconds"):
-            copied = self._scatter(transfer, grant)
+            copied = self._scatter(transfer, grant, layers, on_layer)
             if copied and self._pool.intact(grant, 0, len(transfer)):
                 held = copied
             else:  # once more one by one, so that one broken chunk costs one chunk
@@ -48,12 +59,26 @@ class GrantedLoads:
         self._count(transfer, held)
         return arrived
 
-    def _scatter(self, transfer: Transfer, grant: Grant) -> list[int]:
+    def _scatter(
+        self,
+        transfer: Transfer,
+        grant: Grant,
+        layers: Layers | None,
+        on_layer: Callable[[int], None] | None,
+    ) -> list[int]:
         with self._pool.borrowed(grant.extents, transfer.sizes, grant.lineage) as views:
             within = [at for at, view in enumerate(views) if view is not None]
-            if within:
-                chunks = [view for view in views if view is not None]
-                scatter(transfer.pick(within), chunks, self._counters)
+            chunks = [view for view in views if view is not None]
+            if not within:
+                return within
+            picked = transfer.pick(within)
+            if layers is None:
+                scatter(picked, chunks, self._counters)
+                return within
+            for layer in range(len(layers)):
+                scatter(*layers.part(picked, chunks, layer), self._counters)
+                if on_layer is not None:
+                    on_layer(layer)
             return within
 
     def _count(self, transfer: Transfer, held: Sequence[int]) -> None:
