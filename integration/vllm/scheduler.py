@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass, field
@@ -80,6 +80,7 @@ class SchedulerHalf:
         self._groups = groups
         self._settings = settings
         self._load_async = load_async
+        self._patience_s = settings.lookup_deadline_ms / 1e3
         self._loads_at_all = transfer.is_kv_consumer
         self._stores_at_all = transfer.is_kv_producer and settings.store
         self._ranks = vllm_config.parallel_config.world_size
@@ -191,10 +192,13 @@ class SchedulerHalf:
                 return True
             hashes = tuple(tracked.request.block_hashes[: end * self._groups.hashes_per_chunk])
             tracked.search = self._searches.begin(Wanted(hashes, first, end, tracked.adapter))
+        started_s = time.monotonic()
         try:
-            pinned = tracked.search.result(self._settings.lookup_deadline_ms / 1e3)
+            pinned = tracked.search.result(self._patience_s)
         except NotYet:
             return False
+        finally:  # one deadline for all requests of a step
+            self._patience_s = max(0.0, self._patience_s - (time.monotonic() - started_s))
         tracked.search = None
         if pinned.hit.end > pinned.hit.first:
             tracked.pinned = pinned
@@ -226,49 +230,81 @@ class SchedulerHalf:
             tracked.loaded = range(0)
             tracked.captured_to = tracked.first_scheduled = tracked.scheduled = 0
         pinned, tracked.pinned = tracked.pinned, None
-        if pinned is None:
-            return
         if not external_tokens:
-            pinned.release()
+            if pinned is not None:
+                pinned.release()
             return
         begin = tracked.computed_tokens
         end = begin + external_tokens
-        chunk_tokens = self._groups.chunk_tokens
-        self._last_load += 1
-        parts = self._load_parts(pinned, tables, begin, end)
-        load = Load(self._last_load, request.request_id, self._load_async, pinned.hit.lineage, parts)
+        pinned = pinned or self._searches.nothing(begin // self._groups.chunk_tokens)
+        load = Load(
+            self._last_load + 1,
+            request.request_id,
+            self._load_async,
+            pinned.hit.lineage,
+            self._parts_or_failure(pinned, tables, begin, end),
+        )
+        self._last_load = load.id
         self._loading[load.id] = _Loading(request, pinned, self._ranks)
         self._new_loads.append(load)
-        tracked.loaded = range(begin // chunk_tokens, end // chunk_tokens)
+        tracked.loaded = range(begin // self._groups.chunk_tokens, end // self._groups.chunk_tokens)
         self.observed.add(hit_tokens=external_tokens)
 
-    def _load_parts(
+    def _parts_or_failure(
         self, pinned: Pinned, tables: Sequence[Sequence[int]], begin: int, end: int
     ) -> dict[Place, tuple[LoadPart, ...]]:
-        """Which chunks go to which pages: those of tokens `begin` … `end` - 1 that vLLM gave a block."""
-        parts: dict[Place, tuple[LoadPart, ...]] = {}
-        for place in self._keys.identities:
-            of_place = []
-            for at, group in enumerate(self._groups.groups):
-                table = tables[group.index]
-                per_chunk = group.pages_in(self._groups.chunk_tokens)
-                chunks, pages = [], []
-                for chunk in pinned.hit.chunks(place, at):
-                    of_chunk = [
-                        table[page] if begin <= page * group.page_tokens < end and table[page] else -1
-                        for page in range(chunk * per_chunk, (chunk + 1) * per_chunk)
-                        if page < len(table)
-                    ]
-                    of_chunk += [-1] * (per_chunk - len(of_chunk))
-                    if max(of_chunk) >= 0:
-                        chunks.append(chunk)
-                        pages += of_chunk
-                wanted = table[begin // group.page_tokens : -(-end // group.page_tokens)]
-                missing = sum(page != NULL_PAGE for page in wanted) != sum(page >= 0 for page in pages)
-                extents = pinned.hit.extents(place, at, chunks)
-                of_place.append(LoadPart(at, tuple(chunks), tuple(pages), extents, missing))
-            parts[place] = tuple(of_place)
-        return parts
+        """What is to be loaded. vLLM counts on it by now: what cannot be said right is ordered to fail."""
+        try:
+            return {
+                place: tuple(
+                    self._load_part(pinned, place, at, tables, begin, end) for at in range(len(self._groups))
+                )
+                for place in self._keys.identities
+            }
+        except Exception:
+            _log.exception("a load cannot be ordered")
+            tokens = self._groups.chunk_tokens
+            chunks = range(begin // tokens, -(-end // tokens))
+            failing = tuple(
+                LoadPart(at, tuple(chunks), tuple(self._pages(at, chunks, tables, begin, end)), b"", True)
+                for at in range(len(self._groups))
+            )
+            return dict.fromkeys(self._keys.identities, failing)
+
+    def _load_part(
+        self,
+        pinned: Pinned,
+        place: Place,
+        at: int,
+        tables: Sequence[Sequence[int]],
+        begin: int,
+        end: int,
+    ) -> LoadPart:
+        """Which chunks of a group go to which pages: those of tokens `begin` … `end` - 1 with a block."""
+        group = self._groups.groups[at]
+        chunks, pages = [], []
+        for chunk in pinned.hit.chunks(place, at):
+            of_chunk = self._pages(at, [chunk], tables, begin, end)
+            if max(of_chunk) >= 0:
+                chunks.append(chunk)
+                pages += of_chunk
+        wanted = tables[group.index][begin // group.page_tokens : -(-end // group.page_tokens)]
+        missing = sum(page != NULL_PAGE for page in wanted) != sum(page >= 0 for page in pages)
+        extents = pinned.hit.extents(place, at, chunks)
+        return LoadPart(at, tuple(chunks), tuple(pages), extents, missing)
+
+    def _pages(
+        self, at: int, chunks: Iterable[int], tables: Sequence[Sequence[int]], begin: int, end: int
+    ) -> list[int]:
+        """The blocks of these chunks, -1 for those that are not to be written."""
+        group = self._groups.groups[at]
+        table, tokens = tables[group.index], group.page_tokens
+        per_chunk = group.pages_in(self._groups.chunk_tokens)
+        numbers = [chunk * per_chunk + page for chunk in chunks for page in range(per_chunk)]
+        return [
+            table[page] if begin <= page * tokens < end and page < len(table) and table[page] else -1
+            for page in numbers
+        ]
 
     # -- saves
 
@@ -344,7 +380,22 @@ class SchedulerHalf:
 
     def orders(self, step: Any) -> Orders:
         """What the workers are to do with this step of vLLM's scheduler."""
-        self._confirm_all()
+        try:
+            self._confirm_all()
+            self._capture_step(step)
+        except Exception:  # nothing is stored then; but loads must not get lost, for vLLM counts on them
+            _log.exception("saves were given up")
+        orders = Orders(
+            loads=self._new_loads,
+            saves=self._new_saves,
+            idle=not step.total_num_scheduled_tokens,
+            tell=not self._keys.complete,
+        )
+        self._new_loads, self._new_saves = [], []
+        self._patience_s = self._settings.lookup_deadline_ms / 1e3
+        return orders
+
+    def _capture_step(self, step: Any) -> None:
         for request_id, tokens in step.num_scheduled_tokens.items():
             tracked = self._tracked.get(request_id)
             if tracked is None:
@@ -354,14 +405,6 @@ class SchedulerHalf:
                 self._capture(tracked, tracked.request.num_computed_tokens + tokens, tables)
             tracked.first_scheduled = tracked.first_scheduled or tokens
             tracked.scheduled += tokens
-        orders = Orders(
-            loads=self._new_loads,
-            saves=self._new_saves,
-            idle=not step.total_num_scheduled_tokens,
-            tell=not self._keys.complete,
-        )
-        self._new_loads, self._new_saves = [], []
-        return orders
 
     def _confirm_all(self) -> None:
         for tracked in self._tracked.values():

@@ -96,6 +96,10 @@ class Searches:
         """Look for it; what the future gives has to be released."""
         return self._threads.submit(self._search, wanted)
 
+    def nothing(self, first: int) -> Pinned:
+        """A hit of no length."""
+        return Pinned(self, Hit(first, first, {}, 0), [])
+
     def give_back(self, grants: list[Grant]) -> None:
         """Release these, some time soon."""
         try:
@@ -108,7 +112,7 @@ class Searches:
         self._threads.shutdown(wait=True)
 
     def _search(self, wanted: Wanted) -> Pinned:
-        none = Pinned(self, Hit(wanted.first, wanted.first, {}, 0), [])
+        none = self.nothing(wanted.first)
         grants: list[Grant] = []
         try:
             return self._acquire(wanted, grants)

@@ -139,7 +139,7 @@ def test_layer_by_layer(pool: Machine, writer: EngineProcess, model: Callable[..
 def test_beside_another_connector(
     pool: Machine, writer: EngineProcess, model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    asked, filed = prompt(4, 500), prompt(5, 256 + 1)
+    asked, filed = prompt(4, 500), prompt(5, 256 + 4)
     writer.ask(asked)
     forget(writer)
     both = [
