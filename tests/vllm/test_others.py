@@ -121,6 +121,22 @@ def test_an_adapter_counts_by_its_content(pool: Machine, model: Callable[..., Pa
     end(pool, one, other)
 
 
+def test_private_keys_are_shared_with_nobody_and_new_after_a_reset(
+    pool: Machine, writer: EngineProcess, model: Callable[..., Path]
+) -> None:
+    (private,) = start(pool, {"model": model("llama"), "name": "private", "extra": {"private": "yes"}})
+    asked = prompt(9, 300)
+    writer.ask(asked)
+    forget(writer)
+    assert private.ask(asked)["cached"] == 0
+    forget(private)
+    assert private.ask(asked)["cached"] == 288  # from the pool, what it stored itself
+    eventually(lambda: private.call("reset", connector=True), "no block is in use")
+    assert private.ask(asked)["cached"] == 0
+    assert writer.ask(asked)["cached"] == 288  # others are not touched
+    end(pool, private)
+
+
 def test_layer_by_layer(pool: Machine, writer: EngineProcess, model: Callable[..., Path]) -> None:
     (layers,) = start(
         pool, {"model": model("llama"), "name": "layers", "extra": {"load": "sync", "layerwise": True}}
