@@ -94,6 +94,7 @@ def _vllm(number: int, port: int, model: Path, runtime: Path, directory: Path) -
         "vllm.entrypoints.openai.api_server",
         *("--model", str(model), "--served-model-name", "demo", "--port", str(port), "--host", "127.0.0.1"),
         *("--max-model-len", "8192", "--block-size", "32", "--enforce-eager"),
+        *("--dtype", "float32"),  # bfloat16 rounds so that a cached answer may differ from a computed one
         *("--prefix-caching-hash-algo", "sha256_cbor", "--enable-prompt-tokens-details"),
         *("--kv-transfer-config", json.dumps(transfer)),
     ]
