@@ -38,6 +38,7 @@ class Folder:
         self.runtime = path / "run"
         self._stack = stack
         self._started = 0
+        self._engines: dict[int, Child] = {}
 
     def start(self, name: str, arguments: list[str], environ: Mapping[str, str] | None = None) -> Child:
         """Start `python -m …`."""
@@ -104,7 +105,12 @@ class Folder:
         }
         child = self.start("vllm", arguments, bound)
         child.wait_until(partial(healthy, port), START_SECONDS_MAX, "answer")
+        self._engines[port] = child
         return port
+
+    def stop_vllm(self, port: int) -> None:
+        """End the server at this port: an idle one takes cores, too."""
+        self._engines.pop(port).end()
 
     def vcache(self) -> dict[str, Any]:
         """The connector's configuration."""

@@ -115,19 +115,21 @@ def _baseline(where: Folder, model: Path, figures: Figures, options: argparse.Na
 
 
 def _vcache(where: Folder, model: Path, figures: Figures, options: argparse.Namespace) -> None:
-    """One engine computes and stores, another one hits, from a segment that neither lends."""
+    """One engine computes and stores, and ends; another one hits, in a segment that neither lent."""
     where.start_pool()
     writer = where.start_vllm(model, options.cores, where.vcache())
-    reader = where.start_vllm(model, options.cores, where.vcache())
-    _warm(writer)
-    _warm(reader)
+    _warm(writer, 98)
+    cold: dict[int, list[float]] = {length: [] for length in LENGTHS}
     for length in LENGTHS:
-        pairs = []
         for prompt in _prompts(2, length, options.repeats):
-            cold = complete(writer, prompt, max_tokens=1).ttft_s
+            cold[length].append(complete(writer, prompt, max_tokens=1).ttft_s)
             forget(writer)  # which waits until all is stored
-            pairs.append((cold, _hit(reader, prompt)))
-        _note(figures, ("cold, storing", "VCache"), length, pairs)
+    where.stop_vllm(writer)
+    reader = where.start_vllm(model, options.cores, where.vcache())
+    _warm(reader, 99)
+    for length in LENGTHS:
+        hits = [_hit(reader, prompt) for prompt in _prompts(2, length, options.repeats)]
+        _note(figures, ("cold, storing", "VCache"), length, list(zip(cold[length], hits, strict=True)))
 
 
 def _example(where: Folder, model: Path, figures: Figures, options: argparse.Namespace) -> None:
@@ -204,8 +206,8 @@ def _hit(port: int, prompt: list[int], *, whole: bool = True) -> float:
     return answer.ttft_s
 
 
-def _warm(port: int) -> None:
-    for prompt in _prompts(99, 1500, WARM_UP):
+def _warm(port: int, seed: int = 99) -> None:
+    for prompt in _prompts(seed, 1500, WARM_UP):
         complete(port, prompt, max_tokens=2)
         complete(port, prompt, max_tokens=2)
 
