@@ -5,6 +5,13 @@
 #   TORCH="torch==2.13.0 --index-url https://…"    the pip arguments that install PyTorch, as they are
 #   EXTRAS=dev,cuda12           other extras of pyproject.toml
 #
+# `make gpu` uses the machine's own torch, triton and cupy, and for the rest wheels/ where that folder is there:
+#
+#   GPU_PYTHON=python3.12       the interpreter that has them (default: the first on the PATH that does)
+#   COMMIT=1a2b3c4              what is measured, where the tree came without git
+#   SLOT="--only gpu-"          arguments of `python -m benchmarks.slot`
+#   make wheels PYTHON_VERSION=3.12 [LMCACHE=0.5.6] [MACHINE=aarch64]    on a machine with internet, beforehand
+#
 # The *-vllm targets make .venv-vllm instead (Python 3.11 to 3.13): vLLM for CPUs and its peers take 3 GB.
 #
 #   VLLM=vllm                   the pip arguments that install vLLM: this one is for GPUs
@@ -35,7 +42,19 @@ PYTHON_VLLM ?= $(shell for python in python3.11 python3.12 python3.13 python3; d
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$python && break; \
 	done)
 
-.PHONY: help demo test bench lint clean demo-vllm test-vllm bench-vllm
+GPU_VENV := .venv-gpu
+GPU_NEEDS := benchmarks/gpu/requirements.txt
+GPU_PYTHON ?= $(shell for python in python3 python python3.12 python3.13 python3.11 python3.10; do \
+	$$python -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, ("torch", "triton", "cupy"))))' \
+	2>/dev/null && echo $$python && break; done)
+COMMIT ?=
+SLOT ?=
+WHEELS := wheels
+PYTHON_VERSION ?= 3.12
+MACHINE ?= x86_64
+LMCACHE ?=
+
+.PHONY: help demo test bench gpu wheels lint clean demo-vllm test-vllm bench-vllm
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -48,6 +67,18 @@ test: $(STAMP) ## all tests that need no GPU
 
 bench: $(STAMP) ## the figures, on this machine
 	$(BIN)/python -m benchmarks
+
+gpu: ## all GPU tests and GPU figures, bounded in time; one table, also in benchmarks/results/
+	@$(or $(GPU_PYTHON),$(PYTHON),python3) benchmarks/gpu_there.py
+	@[ -n "$(GPU_PYTHON)" ] || { echo "no Python here has torch, triton and cupy: install them, or name it: make gpu GPU_PYTHON=…" >&2; exit 1; }
+	@$(make_gpu_venv)
+	PYTHONPATH=$(CURDIR) $(GPU_VENV)/bin/python -m benchmarks.slot $(if $(COMMIT),--commit $(COMMIT)) $(SLOT)
+
+wheels: ## what `make gpu` needs on a machine without internet, into wheels/
+	@[ -n "$(PYTHON)" ] || { echo "no Python 3.10 to 3.13 here: install one, or name it: make PYTHON=…" >&2; exit 1; }
+	$(download) -r $(GPU_NEEDS) exceptiongroup tomli typing-extensions
+	$(if $(LMCACHE),$(download) --no-deps lmcache==$(LMCACHE))
+	@ls $(WHEELS)
 
 lint: $(STAMP) ## ruff (rules, format) and mypy --strict
 	$(BIN)/python -m ruff check .
@@ -64,7 +95,7 @@ bench-vllm: $(VLLM_STAMP) ## time to the first token beside vLLM's own prefix ca
 	$(VLLM_BIN)/python -m benchmarks.vllm_ttft
 
 clean: ## remove .venv, caches and builds
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A plain `pip install torch` brings gigabytes of CUDA libraries. With a GPU that is right. Without one we ask for
@@ -84,6 +115,28 @@ define make_venv
 echo "making $(VENV) with $(PYTHON)"; \
 $(PYTHON) -m venv $(VENV) >/dev/null || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
 	&& $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
+endef
+
+# For another interpreter and machine than these. pip matches platforms exactly, so the usual ones are listed; and it
+# asks this interpreter which of its conditional requirements apply, so those of older ones are named above.
+platforms = $(foreach tag,2_34 2_31 2_28 2_27 2_26 2_24 2_17,--platform manylinux_$(tag)_$(MACHINE)) \
+	--platform manylinux2014_$(MACHINE)
+download = $(PYTHON) -m pip download -q --disable-pip-version-check --dest $(WHEELS) --only-binary=:all: \
+	--implementation cp --python-version $(PYTHON_VERSION) $(platforms)
+
+# The interpreter that has torch may live in an environment of its own, whose packages --system-site-packages does not
+# show: a .pth file names them. pip comes with them, or is lent by that interpreter.
+define make_gpu_venv
+[ -x $(GPU_VENV)/bin/python ] || $(GPU_PYTHON) -m venv --system-site-packages --without-pip $(GPU_VENV); \
+site=$$($(GPU_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+$(GPU_PYTHON) -c 'import sys; print(*(p for p in sys.path if p.endswith(("site-packages", "dist-packages"))), sep="\n")' \
+	> "$$site/machine.pth"; \
+pip="$(GPU_VENV)/bin/python -m pip"; $$pip --version >/dev/null 2>&1 || pip="$(GPU_PYTHON) -m pip --python $(GPU_VENV)/bin/python"; \
+if [ -d $(WHEELS) ]; then from="--no-index --find-links $(WHEELS)"; else from=; fi; \
+$$pip install -q --disable-pip-version-check $$from -r $(GPU_NEEDS); \
+for wheel in $(WHEELS)/lmcache-*.whl; do \
+	[ ! -e "$$wheel" ] || $$pip install -q --no-index --no-deps "$$wheel" || echo "without LMCache's figures" >&2; done; \
+$(GPU_VENV)/bin/python -c 'import torch, triton, cupy; print("torch", torch.__version__, "triton", triton.__version__, "cupy", cupy.__version__)'
 endef
 
 $(STAMP): pyproject.toml

@@ -123,9 +123,9 @@ class Pool:
         }
         return load(environ={}, **given).config
 
-    def client(self, new_segment: Callable[[], Segment] | None = None) -> Client:
+    def client(self, new_segment: Callable[[], Segment] | None = None, **overrides: Any) -> Client:
         """A connected client, to be closed by the caller; it lends what `new_segment` makes."""
-        client = Client(self.config(), name="benchmark", new_segment=new_segment)
+        client = Client(self.config(**overrides), name="benchmark", new_segment=new_segment)
         if not client.wait_connected(DEADLINE_S):
             client.close()
             raise RuntimeError(f"no connection to the server within {DEADLINE_S:g} s")

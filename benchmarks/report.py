@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -15,10 +16,12 @@ from typing import Final
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vcache.limits import GIB
 
 ROOT: Final = Path(__file__).resolve().parents[1]
+RESULTS: Final = ROOT / "benchmarks" / "results"
 WIDTH_PIPED: Final = 100
 
 
@@ -70,6 +73,12 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
+def gbytes_per_s(nbytes: int, seconds: Sequence[float]) -> str:
+    """A rate for people: bytes over the median."""
+    rate = nbytes / statistics.median(seconds) / 1e9
+    return f"{rate:,.0f} GB/s" if rate >= 100 else f"{rate:.2f} GB/s"
+
+
 def cpu() -> str:
     """The CPU's model."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -81,6 +90,18 @@ def gpus() -> str:
     """The GPUs' models, empty where there is none."""
     names = _said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
     return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
+
+
+def gpus_named() -> str:
+    """The first GPU's model without its maker, for a file's name; "gpu" if nobody says it."""
+    names = _said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
+    return names[0].removeprefix("NVIDIA").strip() if names else "gpu"
+
+
+def result_path(hardware: str, measured: str) -> Path:
+    """The file that results of today are kept in, by what they were measured on and which commit it was."""
+    slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
+    return RESULTS / f"{date.today()}-{slug}-{measured}.md"
 
 
 def commit() -> str:
@@ -140,12 +161,28 @@ def console() -> Console:
 
 def show(title: str, figures: Sequence[Figure], console: Console) -> None:
     """Print the figures as a table."""
-    table = Table(title=title, title_justify="left")
-    for heading in ("figure", "measured", "wanted", ""):
-        table.add_column(heading, justify="left" if heading == "figure" else "right")
+    table = _empty_table(title)
     for figure in figures:
         table.add_row(figure.name, figure.text, figure.wanted, figure.verdict)
     console.print(table)
+
+
+def show_all(tables: Mapping[str, Sequence[Figure]], console: Console) -> None:
+    """Print all tables as one, with a section for each."""
+    table = _empty_table("")
+    for title, figures in tables.items():
+        table.add_row(Text(title, style="bold"))
+        for figure in figures:
+            table.add_row(Text(figure.name), Text(figure.text), figure.wanted, figure.verdict)
+        table.add_section()
+    console.print(table)
+
+
+def _empty_table(title: str) -> Table:
+    table = Table(title=title or None, title_justify="left")
+    for heading in ("figure", "measured", "wanted", ""):
+        table.add_column(heading, justify="left" if heading == "figure" else "right")
+    return table
 
 
 def main(title: str, run: Callable[[], list[Figure]]) -> None:

@@ -124,8 +124,11 @@ def store(client: Client, numbers: list[int]) -> int:
             client.abort(reserved.extents)
             return 0
         with borrow:
-            # By numpy: torch's threads do not survive a fork, and some of these tests store in a child.
-            memory.view(int(extent["offset"]), SIZE).numpy()[:] = content(number)
+            view = memory.view(int(extent["offset"]), SIZE)
+            if view.is_cuda:
+                view.fill_(content(number)).cpu()  # until it has really happened
+            else:  # by numpy: torch's threads do not survive a fork, and some of these tests store in a child
+                view.numpy()[:] = content(number)
     outcomes = client.commit(
         reserved.extents, [key(n) for n in missing], [SIZE] * len(missing), namespace=NAMESPACE
     )
@@ -151,7 +154,7 @@ def count_right(client: Client, grant: Grant, numbers: list[int]) -> int:
             return 0
         with borrow:
             view = memory.view(int(extent["offset"]), int(extent["length"]))
-            seen.append(np.unique(view.numpy().copy()).tolist())
+            seen.append(np.unique(view.cpu().numpy().copy()).tolist())
     if not client.intact(grant):
         return 0
     assert seen == [[content(number)] for number in numbers[: len(seen)]], (

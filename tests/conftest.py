@@ -11,6 +11,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.processes import devices  # reads its variable before all of them are forgotten
 from vcache.logs import unconfigure
 
 # No deadline: how long an example takes is up to the machine. The same examples in each run; look for new
@@ -24,6 +25,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Forget the caller's configuration: tests mean the defaults, and so do the processes that they start."""
     for variable in [name for name in os.environ if name.startswith("VCACHE_")]:
         del os.environ[variable]
+    if "gpu" not in config.option.markexpr and not devices.GPUS:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels run on CPU tensors
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

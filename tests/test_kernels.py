@@ -339,22 +339,3 @@ def test_plans_take_the_largest_pieces() -> None:
 def test_what_has_no_rows_goes_to_the_reference(kind: str) -> None:
     layout = token_layout()
     assert tables_of(PagedKV.from_tensors(strided(kind, layout), "kpshd", layout)) is None
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("axes", ["kpshd", "phs(kd)"])
-@pytest.mark.parametrize("order", ["page order", "random slots", "holes"])
-def test_on_a_gpu_the_bits_are_the_same(axes: str, order: str) -> None:
-    layout, slots = token_layout(), ORDERS[order]
-    kvcaches = tensors(axes, layout)
-    plain = PagedKV.from_tensors(kvcaches, axes, layout)
-    paged = PagedKV.from_tensors([tensor.cuda() for tensor in kvcaches], axes, layout)
-    wanted = chunks_for(plain, len(slots))
-    chunks = [chunk.cuda() for chunk in wanted]
-    gather_tokens(paged, slots.cuda(), chunks)
-    reference.gather(plain, slots, wanted)
-    assert same([chunk.cpu() for chunk in chunks], wanted)
-    other = chunks_for(plain, len(slots), seed=5)
-    scatter_tokens(paged, slots, [chunk.cuda() for chunk in other])
-    reference.scatter(plain, slots, other)
-    assert same([layer.cpu() for layer in paged.layers], bits(plain))

@@ -56,6 +56,18 @@ def test_it_equals_the_definition(padding: int, per_chunk: int, holes: bool) -> 
     assert all(torch.equal(a, b) for a, b in zip(target.layers, defined.layers, strict=True))
 
 
+def test_some_layers_only() -> None:
+    paged, pages = paged_kv(4096, 2), torch.tensor([4, 9, 2, 7])
+    got, wanted = chunks_of(paged, 2), chunks_of(paged, 2)
+    gather_pages(paged, pages, got, range(1, 3))
+    reference.gather(paged, pages, wanted, range(1, 3))
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    target, defined = paged_kv(4096, 2, 50), paged_kv(4096, 2, 50)
+    scatter_pages(target, pages, got, range(2, 3))
+    reference.scatter(defined, pages, got, range(2, 3))
+    assert all(torch.equal(a, b) for a, b in zip(target.layers, defined.layers, strict=True))
+
+
 def test_a_last_chunk_of_fewer_pages() -> None:
     paged = paged_kv(4096, 3)
     pages = torch.tensor([4, 9, 2, 7])

@@ -90,6 +90,9 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     # Chunks that may wait for a lower tier. Waiting ones are pinned, so the pool loses that many extents at
     # most; what finds the queue full is not written below.
     tier_queue_chunks: Annotated[int, Meta(ge=1, le=65_536)] = 64
+    # Streaming multiprocessors of a GPU that one copy may use, so that copies need not starve what computes
+    # beside them; 0: no limit.
+    sm_limit: Annotated[int, Meta(ge=0, le=1_024)] = 0
 
 
 class LogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

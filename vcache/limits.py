@@ -100,6 +100,12 @@ SEGMENT_ALIGN_BYTES: Final = 2 * MIB
 granularity.
 """
 
+CUDA_PROBE_BYTES: Final = 2 * MIB
+"""A GPU segment for trying out how memory is shared: the smallest, for a GPU that may be nearly full."""
+
+CUDA_PROBE_S: Final = 60.0
+"""How long that trial may take in each way: a process starts and makes a context, on a busy machine."""
+
 SEGMENT_FILL_STEP_BYTES: Final = 256 * MIB
 """Shared memory is allocated in steps, and room looked for before each: two that allocate at once must not
 end in OOM.

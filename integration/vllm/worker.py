@@ -26,13 +26,15 @@ from integration.vllm.stats import Observed
 from integration.vllm.tensors import GroupPages, attention_of, describe_pages
 from vcache.client import Client
 from vcache.engine.arguments import Transfer
+from vcache.engine.copies import Copies
 from vcache.engine.granted import GrantedLoads
-from vcache.engine.layerwise import Layers
+from vcache.engine.lanes import PAST, Event, Lanes
 from vcache.engine.lending import Lending
 from vcache.engine.pool import Pool
 from vcache.engine.stats import Cause, Counters
 from vcache.engine.store import Store
 from vcache.errors import ServerError, Unavailable
+from vcache.kernels import LaunchOptions, prepare
 from vcache.limits import KEY_BYTES
 from vcache.logs import Line
 
@@ -54,10 +56,9 @@ class _GroupHalf:
     pages: GroupPages
     loads: GrantedLoads
     store: Store
-    layers: Layers | None
 
-    def transfer(self, keys: list[bytes], ids: tuple[int, ...]) -> Transfer:
-        """Whole chunks in these pages."""
+    def transfer(self, keys: list[bytes], ids: tuple[int, ...], after: Event = PAST) -> Transfer:
+        """Whole chunks in these pages, to be copied after what uses them now."""
         layout = self.pages.paged.layout
         sizes = [layout.chunk_bytes] * len(keys)
         return Transfer(
@@ -90,6 +91,7 @@ class WorkerHalf:
         self._configured = configured
         self._layerwise = configured.settings.layerwise
         self._waits = LayerWaits()
+        self._lanes = Lanes()
         self._needed: list[Future[None]] = []
         self._counters = Counters()
         self.observed = Observed(self._counters)
@@ -167,11 +169,12 @@ class WorkerHalf:
         self._lending = Lending(config)
         name = f"vllm-worker-{self._vllm_config.kv_transfer_config.engine_id}"[:60]
         self._client = client = Client(config, name=name, new_segment=self._lending.source)
+        copies = Copies(self._counters, LaunchOptions(config.engine.sm_limit), loads=self._lanes)
         for pages in described:
+            prepare(pages.paged)
             pool = Pool(client, self._counters, pages.paged.layout, label, config.device)
-            loads = GrantedLoads(client, pool, self._counters)
-            layers = Layers(pages.paged) if self._layerwise and len(pages.paged.layers) > 1 else None
-            self._halves.append(_GroupHalf(pages, loads, Store(pool, None, self._counters), layers))
+            loads = GrantedLoads(client, pool, copies, self._counters)
+            self._halves.append(_GroupHalf(pages, loads, Store(pool, copies, None, self._counters)))
         if config.server.autostart:
             client.wait_connected(config.client.connect_timeout_ms / 1e3)
         self._saver.submit(self._map_segments)
@@ -197,10 +200,11 @@ class WorkerHalf:
             return
         with self._changed:
             self._loads_running += len(orders.loads)
+        after = self._lanes.on(self._halves[0].pages.paged.device).caller()
         for load in orders.loads:
             if self._layerwise and not load.is_async:
                 self._waits.expect(self._layers_of(load))
-            future = self._loader.submit(self._load, load)
+            future = self._loader.submit(self._load, load, after)
             if not load.is_async:
                 self._needed.append(future)
         if not self._layerwise:
@@ -221,7 +225,7 @@ class WorkerHalf:
         parts = load.parts.get(self._place, ())
         return [name for part in parts for name in self._halves[part.group].pages.layer_names]
 
-    def _load(self, load: Load) -> None:
+    def _load(self, load: Load, after: Event) -> None:
         """Carry out a load. Whatever happens, it is reported once, and by then no copy runs."""
         started_s = time.perf_counter()
         failed: int | None = None
@@ -229,7 +233,7 @@ class WorkerHalf:
         awaited = Counter(self._layers_of(load)) if self._layerwise and not load.is_async else Counter()
         try:
             for part in parts:
-                chunk = self._load_part(part, load.lineage, awaited)
+                chunk = self._load_part(part, load.lineage, after, awaited)
                 if chunk is not None:
                     failed = chunk if failed is None else min(chunk, failed)
         except Exception as error:  # of ours or a driver's: vLLM computes what was to be loaded
@@ -255,7 +259,7 @@ class WorkerHalf:
                 self._done.bad_blocks.update(self._pages_from(parts, failed))
             self._changed.notify_all()
 
-    def _load_part(self, part: LoadPart, lineage: int, awaited: Counter[str]) -> int | None:
+    def _load_part(self, part: LoadPart, lineage: int, after: Event, awaited: Counter[str]) -> int | None:
         """The first chunk that did not arrive; None if all did. What the model waits for leaves `awaited`."""
         if part.incomplete:
             self._counters.failed(Cause.MALFORMED, "vLLM allocated blocks for which no chunk was found")
@@ -270,11 +274,10 @@ class WorkerHalf:
             self._waits.arrived([name])
 
         arrived = half.loads.run(
-            half.transfer([_NO_KEY] * len(part.chunks), part.pages),
+            half.transfer([_NO_KEY] * len(part.chunks), part.pages, after),
             part.extents,
             lineage,
-            layers=half.layers if awaited else None,
-            on_layer=on_layer,
+            on_layer=on_layer if awaited and len(half.pages.paged.layers) > 1 else None,
         )
         return next((chunk for chunk, came in zip(part.chunks, arrived, strict=True) if not came), None)
 

@@ -14,6 +14,11 @@ LAYOUT = KVLayout(
 )
 """6 KiB a chunk (extents of 8 KiB): small enough to evict thousands in a test."""
 
+LARGE_LAYOUT = KVLayout(
+    num_layers=3, num_kv_heads=2, head_size=164, dtype="float32", kv_parts=2, chunk_tokens=16, form="tokens"
+)
+"""The same, but 123 KiB a chunk (extents of 124 KiB): 16 fill 2 MiB, the smallest segment that a GPU has."""
+
 PAGE_TOKENS = 8
 AXES = "kpshd"
 

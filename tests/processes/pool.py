@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from tests.processes.devices import device_of, size_on
 from tests.processes.worker import DEADLINE_S, Worker, all_stopped, eventually
 from vcache.client import Client
 from vcache.config import load
@@ -30,6 +31,9 @@ _RIGHTS_END_S = 15.0
 
 class Pool:
     """`with Pool() as pool:` a runtime directory, and processes that use it."""
+
+    large = False
+    """Whether its engines have large chunks."""
 
     def __init__(self, **server: Any) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="vct", dir="/dev/shm")
@@ -101,6 +105,7 @@ class Pool:
 
     def start_holder(self, device: str = "shm:0", size: str = "2MiB") -> tuple[subprocess.Popen[bytes], int]:
         """Start a holder and wait until its segment is lent: (process, segment number)."""
+        device = device_of(device)
         command = [
             sys.executable,
             "-m",
@@ -109,7 +114,7 @@ class Pool:
             "--device",
             device,
             "--size",
-            size,
+            str(size_on(device, size)),
             "--json",
         ]
         environment = {**self.environment(), "VCACHE_SERVER_AUTOSTART": "false"}
@@ -131,8 +136,8 @@ class Pool:
     ) -> Worker:
         """A worker with an engine; size 0: it lends no segment. pages: of the layout's pages form."""
         worker = self.start_worker()
-        given = {**self.client_config(), **config, "device": device, "segment.size": size}
-        worker.call("open_engine", pages=pages, **given)
+        given = {**self.client_config(), **config, **lent_on(device, size)}
+        worker.call("open_engine", pages=pages, large=self.large, **given)
         return worker
 
     def client_config(self) -> dict[str, Any]:
@@ -188,6 +193,12 @@ class Pool:
         """The server proves that extents do not overlap and nothing leaks. Raises ServerError."""
         assert self.observer.wait_connected(DEADLINE_S)
         self.observer.check()
+
+
+def lent_on(device: str, size: int | str = 0) -> dict[str, Any]:
+    """Configuration of an engine on what plays this device, with a segment of at least that size there."""
+    played = device_of(device)
+    return {"device": played, "segment.size": size_on(played, size)}
 
 
 def _line(stream: IO[bytes]) -> bytes:

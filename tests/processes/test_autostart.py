@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.processes.content import LAYOUT
-from tests.processes.pool import Pool
+from tests.processes.pool import Pool, lent_on
 from tests.processes.worker import DEADLINE_S, Worker, eventually
 from vcache.limits import AUTOSTART_INTERVAL_S
 from vcache.runtime import lock_holder
@@ -58,6 +58,7 @@ def open_engines(child: Any, count: int, config: dict[str, Any]) -> list[bool]:
 
         return VCacheEngine(layout=LAYOUT, model="test-model", kv_axes=AXES, **config)
 
+    child.use(config["device"])
     with ThreadPoolExecutor(count) as threads:
         child.kept["engines"] = list(threads.map(one, range(count)))
     child.engine = child.kept["engines"][0]
@@ -77,7 +78,7 @@ def engine(pool: Pool, size: int | str = 0, **config: Any) -> Worker:
 
 def test_ten_engines_at_once_start_one_server(pool: Pool) -> None:
     workers = [pool.start_worker() for _ in range(4)]
-    config = {**pool.client_config(), **AUTOSTART, "segment.size": 0}
+    config = {**pool.client_config(), **AUTOSTART, **lent_on("shm:0")}
     for worker, count in zip(workers, (3, 3, 2, 2), strict=True):
         worker.send("run", open_engines, count, config)
     for worker, count in zip(workers, (3, 3, 2, 2), strict=True):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.processes.content import LAYOUT
+from tests.processes.devices import GPUS, device_of
 from tests.processes.pool import ROOT, Pool
 from tests.processes.worker import DEADLINE_S, eventually
 from vcache.errors import ForkedProcess
@@ -48,7 +49,7 @@ def try_every_call(child: Any) -> int:
     """Fork, and have the child try everything that an engine does."""
     from tests.processes.content import PagedPrompt
 
-    paged = PagedPrompt(1, 4 * CHUNK).fill()
+    paged = PagedPrompt(1, 4 * CHUNK, device=child.device).fill()
     given = {"kvcaches": paged.kvcaches, "slot_mapping": paged.slots}
     engine = child.engine
     handle = engine.retrieve_async(paged.tokens, **given)
@@ -154,6 +155,7 @@ def new_engine_in_fork(child: Any, config: dict[str, Any]) -> int:
         child.engine = parents
 
 
+@pytest.mark.skipif(bool(GPUS), reason="CUDA is not to be used in a child that fork() made")
 def test_child_may_make_an_engine_of_its_own(pool: Pool) -> None:
     worker = pool.engine(size="1MiB")
     worker.call("store", 1, 4 * CHUNK)
@@ -167,13 +169,15 @@ def test_child_may_make_an_engine_of_its_own(pool: Pool) -> None:
 PARENT = """
 import os, sys
 from tests.processes.content import AXES, LAYOUT, PagedPrompt
+from tests.processes.devices import tensors_on
 from vcache import VCacheEngine
+device = sys.argv[3]
 engine = VCacheEngine(
     layout=LAYOUT, model="test-model", kv_axes=AXES, runtime_dir=sys.argv[1],
-    **{"segment.size": "1MiB", "server.autostart": False},
+    **{"device": device, "segment.size": "2MiB", "server.autostart": False},
 )
 assert engine.wait_connected(30)
-paged = PagedPrompt(1, 4 * LAYOUT.chunk_tokens).fill()
+paged = PagedPrompt(1, 4 * LAYOUT.chunk_tokens, device=tensors_on(device)).fill()
 engine.store(paged.tokens, kvcaches=paged.kvcaches, slot_mapping=paged.slots)
 child = os.fork()
 if child == 0:
@@ -193,7 +197,7 @@ def parent(pool: Pool) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
 
     def start(what: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-W", "ignore", "-c", PARENT, str(pool.path), what]
+        command = [sys.executable, "-W", "ignore", "-c", PARENT, str(pool.path), what, device_of("shm:0")]
         pipe = subprocess.PIPE
         process = subprocess.Popen(
             command, cwd=ROOT, env=pool.environment(), stdin=pipe, stdout=pipe, text=True

@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 
 from tests.processes.content import LAYOUT
+from tests.processes.devices import GPUS
 from tests.processes.pool import Pool
 from tests.processes.worker import DEADLINE_S, Worker, all_stopped, eventually
 
 CHUNK = LAYOUT.chunk_tokens
 PROMPT = 40 * CHUNK
 SIZE = "2MiB"
+CHUNKS_OF_SIZE = 255
+"""What a segment of that size has room for."""
 LET_GO_S = 1.0
 """Importers unmap within this time of the notice, also when idle (the design's rule 4)."""
 
@@ -68,10 +71,10 @@ def read_until_missed(child: Any, seed: int) -> Counter[str]:
 def test_a_holder_killed_while_engines_read(pool: Pool) -> None:
     """From then on misses; the memory goes from every engine, from one that is idle too."""
     holder, number = pool.start_holder("shm:0", SIZE)
-    other, kept = pool.start_holder("shm:2", SIZE)
     writer = pool.engine(device="shm:0")
     writer.call("store", 1, PROMPT)
     idle, busy = reader_of(pool, 1), reader_of(pool, 1)
+    other, kept = pool.start_holder("shm:2", SIZE)
     busy.send("run", read_until_missed, 1)
     eventually(lambda: pool.counters()["hit_chunks"] > 100, "the reader is in full swing")
     holder.kill()
@@ -114,7 +117,8 @@ def test_a_holder_that_ends_in_the_midst_of_a_copy(pool: Pool, where: str, end: 
     holder.send_signal(end)
     holder.wait(DEADLINE_S)
     pool.eventually(lambda pool: not segments(pool), "the segment ends")
-    assert reader.has_memory_of("shm:0")
+    if not GPUS:  # of a GPU's memory only the reader itself could say, and it sleeps
+        assert reader.has_memory_of("shm:0")
     reader.wake()
     assert reader.result() == (0, 0)
     assert reader.call("stats")["failed_fence_broken"] == 1
@@ -148,10 +152,10 @@ def test_a_holder_that_ends_in_the_midst_of_a_store(pool: Pool, where: str, end:
 def test_a_holder_ended_in_order(pool: Pool) -> None:
     """It exits with 0 when everybody has let go of its memory; then misses, and stores that go elsewhere."""
     holder, _ = pool.start_holder("shm:0", SIZE)
-    _, kept = pool.start_holder("shm:2", SIZE)
     writer = pool.engine(device="shm:0")
     writer.call("store", 1, PROMPT)
     readers = [reader_of(pool, 1), reader_of(pool, 1)]
+    _, kept = pool.start_holder("shm:2", SIZE)
     holder.send_signal(signal.SIGTERM)
     assert holder.wait(DEADLINE_S) == 0
     for each in (writer, *readers):
@@ -224,13 +228,13 @@ def test_an_engine_that_held_its_own_segment_takes_it_along(pool: Pool) -> None:
     """Killed or closed: its chunks are misses, what it stored in its peer's segment stays."""
     peer = pool.engine(device="shm:1", size=SIZE)
     for end in (Worker.kill, Worker.end):
-        engine = pool.engine(device="shm:0", size=4096 + 8 * 8192)
-        engine.call("store", 1, 12 * CHUNK)
-        assert peer.call("retrieve", 1, 12 * CHUNK) == (12 * CHUNK, 0)
+        engine = pool.engine(device="shm:0", size=SIZE)
+        engine.call("store", 1, (CHUNKS_OF_SIZE + 4) * CHUNK)
+        assert peer.call("retrieve", 1, (CHUNKS_OF_SIZE + 4) * CHUNK) == ((CHUNKS_OF_SIZE + 4) * CHUNK, 0)
         assert peer.has_memory_of("shm:0")
         end(engine)
         assert_lets_go(peer, "shm:0")
-        assert peer.call("retrieve", 1, 12 * CHUNK) == (0, 0)
+        assert peer.call("retrieve", 1, (CHUNKS_OF_SIZE + 4) * CHUNK) == (0, 0)
         rows = pool.statistics().segments
         assert [row.committed_bytes for row in rows] == [4 * 8192]
         assert pool.observer.clear() == 4

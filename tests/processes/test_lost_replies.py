@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.processes.content import LAYOUT
-from tests.processes.pool import Pool
+from tests.processes.pool import Pool, lent_on
 from tests.processes.worker import Worker, eventually
 from tests.support.lossy import Fate, LossyRelay, first_answers
 
@@ -80,7 +80,7 @@ def open_behind(pool: Pool, front: Path, *, size: int | str = 0, **config: Any) 
     """A worker with an engine whose frames go through the relay."""
     worker = pool.start_worker()
     given = {**pool.client_config(), **config, "runtime_dir": str(front)}
-    worker.call("open_engine", **given, device="shm:1", **{"segment.size": size})
+    worker.call("open_engine", **given, **lent_on("shm:1", size))
     assert worker.call("open_client", **given)
     return worker
 

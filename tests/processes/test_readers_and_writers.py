@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from tests.processes import breakpoints
-from tests.processes.content import LAYOUT, kv_of, prompt
+from tests.processes.content import LARGE_LAYOUT as LAYOUT
+from tests.processes.content import kv_of, prompt
 from tests.processes.pool import Pool
 from tests.processes.worker import DEADLINE_S, Worker
 from vcache.client import Client, Grant
@@ -26,7 +27,8 @@ CHUNK = LAYOUT.chunk_tokens
 CHUNKS = 16
 PROMPT = 4 * CHUNK
 ALL = CHUNKS * CHUNK
-SIZE = 4096 + CHUNKS * 8192
+SIZE = "2MiB"
+EXTENT = 31 * 4096
 LEASE_MS = 10
 
 IMPATIENT: dict[str, Any] = {
@@ -45,6 +47,7 @@ PAST_ALL_S = 0.8
 def pool() -> Iterator[Pool]:
     """A server with the shortest leases. Whatever the test did: in the end nothing leaks."""
     with Pool(lease_ms=LEASE_MS) as pool:
+        pool.large = True
         pool.start_server()
         yield pool
         pool.assert_nothing_leaks()
@@ -104,7 +107,7 @@ def store_prompts(child: Any, seeds: list[int], count: int) -> None:
 
 def test_writers_of_the_same_prompts_at_once(pool: Pool) -> None:
     """Each chunk is kept once, and is right."""
-    writers = [pool.engine(device=f"shm:{number}", size="2MiB") for number in range(2)]
+    writers = [pool.engine(device=f"shm:{number}", size="32MiB") for number in range(2)]
     seeds = list(range(60))
     for writer in writers:
         writer.send("run", store_prompts, seeds, PROMPT)
@@ -114,7 +117,7 @@ def test_writers_of_the_same_prompts_at_once(pool: Pool) -> None:
         assert all(reader.call("retrieve", seed, PROMPT) == (PROMPT, 0) for seed in seeds)
     counters = pool.counters()
     assert (counters["chunks"], counters["replicas"]) == (4 * len(seeds), 0)
-    assert counters["used_bytes"] == counters["chunks"] * 8192
+    assert counters["used_bytes"] == counters["chunks"] * EXTENT
 
 
 # ----------------------------------------------------------------------------- readers and eviction
@@ -172,13 +175,13 @@ def read_grant(client: Client, grant: Grant) -> list[torch.Tensor]:
         borrow = segment.borrow()
         assert borrow is not None
         with borrow:
-            chunks.append(segment.view(int(extent["offset"]), int(extent["length"])).clone())
+            chunks.append(segment.view(int(extent["offset"]), int(extent["length"])).cpu().clone())
     return chunks
 
 
 def expected_chunks(seed: int) -> list[torch.Tensor]:
     """The bytes of a prompt's chunks."""
-    kv = kv_of(seed, PROMPT)
+    kv = kv_of(seed, PROMPT, LAYOUT)
     chunks = [kv[:, :, at : at + CHUNK] for at in range(0, PROMPT, CHUNK)]
     return [chunk.contiguous().flatten().view(torch.uint8) for chunk in chunks]
 

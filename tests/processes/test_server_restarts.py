@@ -18,10 +18,11 @@ import pytest
 
 from tests import client_pool
 from tests.processes.content import LAYOUT
+from tests.processes.devices import device_of, size_on
 from tests.processes.pool import Pool
 from tests.processes.worker import DEADLINE_S, Worker, eventually
 from vcache.client import Client
-from vcache.config import load
+from vcache.config import load, parse_size
 from vcache.limits import MIB
 from vcache.segment import allocate
 from vcache.table import RECORD
@@ -46,7 +47,8 @@ def pool() -> Iterator[Pool]:
 @contextmanager
 def client(pool: Pool, lends: int = 0, **config: Any) -> Iterator[Client]:
     """A bare client of this process; lends: bytes of its segment on shm:9."""
-    new_segment = (lambda: allocate("shm:9", lends)) if lends else None
+    device = device_of("shm:9")
+    new_segment = (lambda: allocate(device, parse_size(size_on(device, lends)))) if lends else None
     client = Client(load(**{**pool.client_config(), **config}).config, name="bare", new_segment=new_segment)
     try:
         assert client.wait_connected(DEADLINE_S)

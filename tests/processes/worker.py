@@ -5,6 +5,7 @@ Parent side: `Worker`. Child side: `_Child`, whose public methods are what `Work
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from tests.processes.devices import GPUS, device_of, tensors_on
 
 DEADLINE_S = 60.0
 """Longer than anything takes here, even on a machine that is busy with something else."""
@@ -40,15 +43,28 @@ class _Child:
         self.device = "cpu"
         self.kept: dict[str, Any] = {}
 
-    def open_engine(self, *, pages: bool = False, **config: Any) -> None:
-        """An engine on the test layout, in its tokens form or in its pages form."""
-        from tests.processes.content import AXES, LAYOUT, PAGES_AXES, PAGES_LAYOUT
+    def open_engine(self, *, pages: bool = False, large: bool = False, **config: Any) -> None:
+        """An engine on the test layout, in its tokens form (large: of large chunks) or in its pages form."""
+        from tests.processes.content import AXES, LARGE_LAYOUT, LAYOUT, PAGES_AXES, PAGES_LAYOUT
         from vcache import VCacheEngine
 
-        if str(config["device"]).startswith("cuda"):
-            self.device = config["device"]
-        layout, axes = (PAGES_LAYOUT, PAGES_AXES) if pages else (LAYOUT, AXES)
+        self.use(config["device"])
+        layout, axes = (PAGES_LAYOUT, PAGES_AXES) if pages else (LARGE_LAYOUT if large else LAYOUT, AXES)
         self.engine = VCacheEngine(layout=layout, model="test-model", kv_axes=axes, **config)
+        self._warm_up(axes)
+
+    def use(self, device: str) -> None:
+        """Have the pages on the same device as the engine's segment."""
+        self.device = tensors_on(device)
+
+    def _warm_up(self, axes: str) -> None:
+        """Have all that a first copy would wait for, so that calls take no longer than the tests say."""
+        from tests.processes.content import PagedPrompt
+        from vcache.kernels import PagedKV, prepare
+
+        layout = self.engine.layout
+        paged = PagedPrompt(1, layout.chunk_tokens, layout, device=self.device)
+        prepare(PagedKV.from_tensors(paged.kvcaches, axes, layout))
 
     def open_client(self, **config: Any) -> bool:
         """A bare client; whether it is connected."""
@@ -93,6 +109,13 @@ class _Child:
         else:
             mask = self.engine.retrieve(paged.tokens, kvcaches=paged.kvcaches, slot_mapping=paged.slots)
         return int(mask.sum()), paged.wrong_tokens(mask)
+
+    def mapped_devices(self) -> list[str]:
+        """The devices of the peers' segments that are mapped here now."""
+        from vcache.segment import MappedSegment
+
+        found = (each for each in gc.get_objects() if issubclass(type(each), MappedSegment))
+        return [mapped.device for mapped in found if not mapped.gone]
 
     def stop_at(self, copy: str, where: Any) -> None:
         """Have the next copy ("gather", "scatter") stop this process "before", "amid" or "after" it."""
@@ -185,7 +208,15 @@ class Worker:
         self.signal(signal.SIGCONT)
 
     def has_memory_of(self, device: str) -> bool:
-        """Whether it has the memory of a segment of this device mapped, or its descriptor open."""
+        """Whether it has the memory of a segment of this device mapped, or its descriptor open.
+
+        What is mapped of a GPU no other process sees: there the worker is asked, who must be neither busy nor
+        stopped.
+        """
+        if GPUS:
+            from vcache.segment import device_label
+
+            return device_label(device_of(device)) in self.call("mapped_devices")
         links = [os.path.realpath(fd) for fd in Path(f"/proc/{self.pid}/fd").iterdir()]
         return f"memfd:vcache-{device} " in Path(f"/proc/{self.pid}/maps").read_text() + "\n".join(links)
 

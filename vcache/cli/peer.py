@@ -41,7 +41,7 @@ _COPIES_ON_GPU: Final = 8
 class Probe(msgspec.Struct, frozen=True):
     """Map this segment, compare its first bytes with pattern `seed`, overwrite them with pattern `seed` + 1.
 
-    own_device: the GPU to map with. measured_bytes: how much to read for the bandwidth; 0: not measured.
+    own_device: the GPU to map with. measured_bytes: how much to read and write for the bandwidth; 0: nothing.
     """
 
     descriptor: bytes
@@ -51,10 +51,15 @@ class Probe(msgspec.Struct, frozen=True):
 
 
 class Probed(msgspec.Struct, frozen=True):
-    """error: what went wrong, empty if nothing. gbytes_per_s: read by a copy into the peer's own memory."""
+    """error: what went wrong, empty if nothing. gbytes_per_s: read by copies into the peer's own memory.
+
+    written_gbytes_per_s: the other way. opened_ms: for mapping the segment, its header's check included.
+    """
 
     error: str
     gbytes_per_s: float = 0.0
+    written_gbytes_per_s: float = 0.0
+    opened_ms: float = 0.0
 
 
 class Peer:
@@ -116,12 +121,14 @@ def is_pattern(view: torch.Tensor, seed: int) -> bool:
 
 def _answer(probe: Probe, fd: int | None) -> Probed:
     try:
+        begin_s = time.perf_counter()
         mapped = map_segment(decode_descriptor(probe.descriptor), fd, own_device=probe.own_device)
+        opened_ms = (time.perf_counter() - begin_s) * 1e3
         borrow = mapped.borrow()
         if borrow is None:
             return Probed("the segment was gone when it had been mapped")
         with borrow:
-            answer = _compare(mapped, probe)
+            answer = msgspec.structs.replace(_compare(mapped, probe), opened_ms=opened_ms)
         mapped.retire()
     except (VCacheError, RuntimeError, ImportError) as error:  # RuntimeError: torch's, on a GPU
         return Probed(f"{type(error).__name__}: {error}")
@@ -134,25 +141,29 @@ def _compare(mapped: MappedSegment, probe: Probe) -> Probed:
         return Probed("the second process reads other bytes than were written")
     view.copy_(pattern(probe.seed + 1))
     _finish(view)
-    return Probed("", _bandwidth(mapped, probe) if probe.measured_bytes else 0.0)
-
-
-def _bandwidth(mapped: MappedSegment, probe: Probe) -> float:
-    """GB/s of copies from the segment into memory of our own, the best of some rounds."""
+    if not probe.measured_bytes:
+        return Probed("")
     import torch
 
-    source = mapped.view(DATA_OFFSET, probe.measured_bytes)
-    own = torch.empty_like(source, device=probe.own_device or "cpu")
+    segment = mapped.view(DATA_OFFSET, probe.measured_bytes)
+    own = torch.empty_like(segment, device=probe.own_device or "cpu")
+    read = _bandwidth(own, segment)
+    # What was read is written back, so the bytes that the other end compares stay as they are.
+    return Probed("", read, _bandwidth(segment, own))
+
+
+def _bandwidth(to: torch.Tensor, source: torch.Tensor) -> float:
+    """GB/s of copies, the best of some rounds."""
     copies = _COPIES_ON_GPU if source.is_cuda else 1
     seconds = []
     for _ in range(_ROUNDS + 1):
         begin = time.perf_counter()
         for _ in range(copies):
-            own.copy_(source)
-        _finish(own)
+            to.copy_(source)
+        _finish(to)
         _finish(source)
         seconds.append(time.perf_counter() - begin)
-    return copies * probe.measured_bytes / min(seconds[1:]) / 1e9
+    return copies * len(source) / min(seconds[1:]) / 1e9
 
 
 def _finish(tensor: torch.Tensor) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vcache.engine.engine import VCacheEngine
-from vcache.engine.handles import Handle, RetrieveHandle, StoreHandle
+from vcache.engine.handles import Handle, StoreHandle
+from vcache.engine.layerwise import RetrieveHandle
 from vcache.engine.lookup import Location
 
 __all__ = ["Handle", "Location", "RetrieveHandle", "StoreHandle", "VCacheEngine"]

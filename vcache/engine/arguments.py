@@ -6,7 +6,7 @@ Everything that is wrong raises ArgumentError here, with the field, its value an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vcache.config import Config, load
+from vcache.engine.lanes import PAST, Event
 from vcache.errors import ArgumentError
 from vcache.kernels import PagedKV
 from vcache.keys import as_tokens, tensor_as_array
@@ -29,7 +30,7 @@ class Transfer:
 
     keys, sizes: key and bytes of each chunk; only the last may be smaller than the layout's chunk. ids:
     int64 on the CPU, the slots (tokens form) or pages (pages form) of all chunks one after the other, -1
-    for none. ids_per_chunk: of a whole chunk.
+    for none. ids_per_chunk: of a whole chunk. after: what the pages wait for: all that the caller had queued.
     """
 
     paged: PagedKV
@@ -37,6 +38,7 @@ class Transfer:
     sizes: list[int]
     ids: Tensor
     ids_per_chunk: int
+    after: Event = PAST
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -59,7 +61,7 @@ class Transfer:
         at = slice(begin, end)
         step = self.ids_per_chunk
         ids = self.ids[begin * step : None if end is None else end * step]
-        return Transfer(self.paged, self.keys[at], self.sizes[at], ids, step)
+        return replace(self, keys=self.keys[at], sizes=self.sizes[at], ids=ids)
 
     def pick(self, chunks: Sequence[int]) -> Transfer:
         """The chunks with these positions, which rise."""
@@ -68,7 +70,7 @@ class Transfer:
         keys, sizes = [self.keys[at] for at in chunks], [self.sizes[at] for at in chunks]
         step = self.ids_per_chunk
         parts = [self.ids[at * step : (at + 1) * step] for at in chunks]
-        return Transfer(self.paged, keys, sizes, torch.cat(parts) if parts else self.ids[:0], step)
+        return replace(self, keys=keys, sizes=sizes, ids=torch.cat(parts) if parts else self.ids[:0])
 
 
 def checked_tokens(tokens: Any) -> NDArray[np.int64]:

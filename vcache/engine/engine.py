@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,10 @@ from vcache.engine.arguments import (
     checked_tokens,
     loaded_config,
 )
-from vcache.engine.handles import Gate, Operations, RetrieveHandle, StoreHandle, finished
+from vcache.engine.copies import Copies
+from vcache.engine.handles import Gate, Operations, StoreHandle, finished
+from vcache.engine.lanes import Lanes
+from vcache.engine.layerwise import Progress, RetrieveHandle
 from vcache.engine.lending import Lending
 from vcache.engine.lookup import Location, Lookup
 from vcache.engine.lower import LowerTiers
@@ -28,11 +32,13 @@ from vcache.engine.stats import Cause, Counters
 from vcache.engine.store import Store
 from vcache.engine.tier_queue import TierQueue
 from vcache.engine.transfers import Transfers
+from vcache.kernels import LaunchOptions
 from vcache.keys import KeyChain, Tokens
 from vcache.layout import KVLayout
 from vcache.runtime import RuntimeDir
 from vcache.tiers import Tier
 
+Result = TypeVar("Result")
 KVCaches: TypeAlias = Sequence[Tensor] | Mapping[str, Tensor] | Tensor
 
 
@@ -72,7 +78,8 @@ class VCacheEngine:
         check_identity(layout, model, tiers)
         chain = KeyChain(layout.fingerprint, model, rank, cache_salt, lora)
         config = loaded_config(config, overrides)
-        self._transfers = Transfers(layout, chain, kv_axes, partial=config.engine.store_partial_chunks)
+        loads = Lanes()
+        self._transfers = Transfers(layout, chain, kv_axes, loads, partial=config.engine.store_partial_chunks)
         self._layout = layout
         self._gate = Gate(name)
         self._counters = Counters()
@@ -84,15 +91,25 @@ class VCacheEngine:
             raise
         pool = Pool(self._client, self._counters, layout, model, config.device)
         self._lower = LowerTiers(tiers, layout.fingerprint, self._counters)
+        copies = Copies(self._counters, LaunchOptions(config.engine.sm_limit), loads=loads)
         self._queue = (
             TierQueue(pool, self._lower, config.engine.tier_queue_chunks, self._counters) if tiers else None
         )
         self._lookup = Lookup(pool, self._lower)
-        self._store = Store(pool, self._queue, self._counters)
-        self._retrieve = Retrieve(pool, self._lower, self._counters)
+        self._store = Store(pool, copies, self._queue, self._counters)
+        self._retrieve = Retrieve(pool, copies, self._lower, self._counters)
         self._operations = Operations()
         if config.server.autostart or _session_path(config).exists():
             self._client.wait_connected(config.client.connect_timeout_ms / 1e3)
+
+    def register(self, kvcaches: KVCaches) -> None:
+        """Make now what the first copy of these tensors would have to make: on a GPU, compiled kernels.
+
+        Not needed, and not to be called while a graph is captured. Raises ArgumentError for tensors that do
+        not fit.
+        """
+        with self._gate.call():
+            self._transfers.prepare(kvcaches)
 
     # -- the tokens form
 
@@ -137,7 +154,8 @@ class VCacheEngine:
     ) -> StoreHandle:
         """As `store`, in the background: leave the pages alone until the handle is done.
 
-        With ASYNC_OPERATIONS_MAX under way nothing is stored and the handle is done.
+        The copy runs after all that the caller had queued on its current stream, and is committed when it has
+        really finished. With ASYNC_OPERATIONS_MAX under way nothing is stored and the handle is done.
         """
         with self._gate.call():
             transfer = self._to_store(tokens, mask, kvcaches, slot_mapping, offset)
@@ -151,19 +169,27 @@ class VCacheEngine:
         its pages hold anything. Tokens without a slot are not loaded.
         """
         with self._gate.call():
-            return self._retriever(tokens, mask, kvcaches, slot_mapping)()
+            transfer, mask_of = self._to_retrieve(tokens, mask, kvcaches, slot_mapping)
+            return mask_of(self._retrieve.run(transfer))
 
     def retrieve_async(
-        self, tokens: Tokens, mask: Any = None, *, kvcaches: KVCaches, slot_mapping: Any
-    ) -> RetrieveHandle:
+        self,
+        tokens: Tokens,
+        mask: Any = None,
+        *,
+        kvcaches: KVCaches,
+        slot_mapping: Any,
+        layers_per_event: int | None = None,
+    ) -> RetrieveHandle[Tensor]:
         """As `retrieve`, in the background: leave the pages alone until the handle is done.
 
-        With ASYNC_OPERATIONS_MAX under way it is carried out here and now.
+        The copy runs after all that the caller had queued on its current stream. layers_per_event: load so
+        many layers at a time, under a pin, so that the handle's `wait_layer` lets a model start on the first
+        ones. With ASYNC_OPERATIONS_MAX under way it is carried out here and now.
         """
         with self._gate.call():
-            retriever = self._retriever(tokens, mask, kvcaches, slot_mapping)
-            handle = self._operations.submit(retriever)
-            return finished(retriever()) if handle is None else handle
+            transfer, mask_of = self._to_retrieve(tokens, mask, kvcaches, slot_mapping)
+            return self._begin_retrieve(transfer, mask_of, layers_per_event)
 
     # -- the pages form, for connectors with keys of their own, which are bound to model, layout, rank, tenant
 
@@ -203,12 +229,12 @@ class VCacheEngine:
         with self._gate.call():
             return self._retrieve.run(self._pages(keys, kvcaches, pages))
 
-    def retrieve_pages_async(self, keys: Sequence[bytes], *, kvcaches: KVCaches, pages: Any) -> StoreHandle:
+    def retrieve_pages_async(
+        self, keys: Sequence[bytes], *, kvcaches: KVCaches, pages: Any, layers_per_event: int | None = None
+    ) -> RetrieveHandle[int]:
         """As `retrieve_pages`, in the background, by the rules of `retrieve_async`."""
         with self._gate.call():
-            transfer = self._pages(keys, kvcaches, pages)
-            handle = self._operations.submit(lambda: self._retrieve.run(transfer))
-            return finished(self._retrieve.run(transfer)) if handle is None else handle
+            return self._begin_retrieve(self._pages(keys, kvcaches, pages), int, layers_per_event)
 
     # -- both
 
@@ -287,20 +313,34 @@ class VCacheEngine:
         )
         return transfer.with_all_ids()
 
-    def _retriever(self, tokens: Any, mask: Any, kvcaches: Any, slot_mapping: Any) -> Callable[[], Tensor]:
+    def _to_retrieve(
+        self, tokens: Any, mask: Any, kvcaches: Any, slot_mapping: Any
+    ) -> tuple[Transfer, Callable[[int], Tensor]]:
+        """What is to be loaded, and the mask that so many loaded chunks mean."""
         self._transfers.require_form("tokens", "retrieve_pages")
         transfer, has_slot, masked = self._transfers.of_tokens(
             tokens, mask=mask, offset=None, kvcaches=kvcaches, slot_mapping=slot_mapping
         )
 
-        def retrieve() -> Tensor:
-            chunks = self._retrieve.run(transfer)
+        def mask_of(chunks: int) -> Tensor:
             end = masked + sum(map(transfer.tokens_in, transfer.sizes[:chunks]))
             loaded = torch.zeros(len(has_slot), dtype=torch.bool)
             loaded[masked:end] = torch.from_numpy(has_slot[masked:end])
             return loaded
 
-        return retrieve
+        return transfer, mask_of
+
+    def _begin_retrieve(
+        self, transfer: Transfer, result_of: Callable[[int], Result], layers_per_event: int | None
+    ) -> RetrieveHandle[Result]:
+        progress = None if layers_per_event is None else Progress(self._layout.num_layers, layers_per_event)
+
+        def retrieve() -> Result:
+            with progress or nullcontext():
+                return result_of(self._retrieve.run(transfer, progress))
+
+        handle = self._operations.submit(retrieve)
+        return RetrieveHandle(finished(retrieve()) if handle is None else handle, progress, result_of)
 
     def _pages(self, keys: Any, kvcaches: Any, pages: Any) -> Transfer:
         self._transfers.require_form("pages", "store, retrieve and lookup")

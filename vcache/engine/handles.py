@@ -11,8 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Generic, TypeAlias, TypeVar
 
-import torch
-
 from vcache.errors import EngineClosed, ForkedProcess
 from vcache.limits import ASYNC_OPERATIONS_MAX, ASYNC_THREADS, ENGINE_CLOSE_WAIT_S
 from vcache.logs import Line
@@ -26,12 +24,12 @@ class Handle(Generic[Result]):
     """One operation under way. Its pages are borrowed until it is done: leave them alone before."""
 
     def __init__(self, future: Future[Result]) -> None:
-        self._future = future
+        self.future = future
         self._pid = os.getpid()
 
     def done(self) -> bool:
         """Whether the copy has really finished (or failed); never blocks."""
-        return self._future.done()
+        return self.future.done()
 
     def result(self, timeout_s: float | None = None) -> Result:
         """Wait until it is done, return what the blocking call returns; TimeoutError after `timeout_s`.
@@ -39,21 +37,22 @@ class Handle(Generic[Result]):
         A timeout ends the waiting and nothing else: the copy goes on. Raises what the operation raised, if it
         did, and ForkedProcess in a child that fork() made, where it would never be done.
         """
-        if os.getpid() != self._pid:
-            raise ForkedProcess(f"this operation runs in process {self._pid}, and was begun before fork()")
+        self.check_process()
         try:
-            return self._future.result(timeout_s)
+            return self.future.result(timeout_s)
         except concurrent.futures.TimeoutError:
-            if self._future.done():
+            if self.future.done():
                 raise  # the operation's own
             raise TimeoutError(f"not done after {timeout_s} s") from None
+
+    def check_process(self) -> None:
+        """Raise ForkedProcess in a child that fork() made."""
+        if os.getpid() != self._pid:
+            raise ForkedProcess(f"this operation runs in process {self._pid}, and was begun before fork()")
 
 
 StoreHandle: TypeAlias = Handle[int]
 """A store under way; its result is how many of its chunks the pool has now."""
-
-RetrieveHandle: TypeAlias = Handle[torch.Tensor]
-"""A retrieve under way; its result is the mask that `VCacheEngine.retrieve` returns."""
 
 
 class Operations:

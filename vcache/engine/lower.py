@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
+from vcache.engine.lanes import PAST, Lanes
 from vcache.engine.stats import Cause, Counters
 from vcache.tiers import Tier
 
@@ -15,12 +17,18 @@ Answer = TypeVar("Answer")
 
 
 class LowerTiers:
-    """Some tiers, the fastest first, perhaps none. Thread-safe; nothing that a tier raises leaves it."""
+    """Some tiers, the fastest first, perhaps none. Thread-safe; nothing that a tier raises leaves it.
 
-    def __init__(self, tiers: Sequence[Tier], layout: bytes, counters: Counters) -> None:
+    Tiers see host memory only: what lies on a GPU goes through pinned memory, on a lane of `lanes`.
+    """
+
+    def __init__(
+        self, tiers: Sequence[Tier], layout: bytes, counters: Counters, lanes: Lanes | None = None
+    ) -> None:
         self._tiers = tuple(tiers)
         self._layout = layout
         self._counters = counters
+        self._lanes = lanes or Lanes()
 
     def __bool__(self) -> bool:
         return bool(self._tiers)
@@ -42,12 +50,26 @@ class LowerTiers:
 
     def get(self, key: bytes, into: Tensor) -> bool:
         """Fill `into` from the first tier that can; whether one could."""
-        return any(self._ask(tier, partial(tier.get, key, into, self._layout), False) for tier in self._tiers)
+        if into.device.type == "cpu":
+            return self._get(key, into)
+        staged = torch.empty(len(into), dtype=torch.uint8, pin_memory=True)
+        if not self._get(key, staged):
+            return False
+        self._lanes.on(into.device).run(lambda: into.copy_(staged, non_blocking=True), PAST).wait()
+        return True
 
     def put(self, key: bytes, chunk: Tensor) -> None:
         """Have every tier keep a copy."""
+        if chunk.device.type != "cpu":
+            staged = torch.empty(len(chunk), dtype=torch.uint8, pin_memory=True)
+            source = chunk
+            self._lanes.on(chunk.device).run(lambda: staged.copy_(source, non_blocking=True), PAST).wait()
+            chunk = staged
         for tier in self._tiers:
             self._ask(tier, partial(tier.put, key, chunk, self._layout), None)
+
+    def _get(self, key: bytes, into: Tensor) -> bool:
+        return any(self._ask(tier, partial(tier.get, key, into, self._layout), False) for tier in self._tiers)
 
     def _ask(self, tier: Tier, request: Callable[[], Answer], otherwise: Answer) -> Answer:
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +12,9 @@ from torch import Tensor
 
 from vcache.client import Grant, Reservation
 from vcache.engine.arguments import Transfer
-from vcache.engine.copies import scatter
+from vcache.engine.copies import Copies
+from vcache.engine.lanes import PAST
+from vcache.engine.layerwise import Progress
 from vcache.engine.lower import LowerTiers
 from vcache.engine.pool import Pool
 from vcache.engine.stats import Cause, Counters
@@ -21,19 +25,21 @@ from vcache.protocol import Outcome
 class Retrieve:
     """Loads transfers. Thread-safe."""
 
-    def __init__(self, pool: Pool, lower: LowerTiers, counters: Counters) -> None:
+    def __init__(self, pool: Pool, copies: Copies, lower: LowerTiers, counters: Counters) -> None:
         self._pool = pool
+        self._copies = copies
         self._lower = lower
         self._counters = counters
 
-    def run(self, transfer: Transfer) -> int:
+    def run(self, transfer: Transfer, progress: Progress | None = None) -> int:
         """Load as many leading chunks as can be had; how many. The other chunks' pages hold anything.
 
-        When it returns, or raises, nothing touches the pages any more.
+        progress: load layer by layer, and tell it. When it returns, or raises, nothing touches the pages any
+        more.
         """
         self._counters.add(retrieve_calls=1)
         with self._counters.seconds("retrieve_seconds"):
-            loaded = self._load(transfer)
+            loaded = self._load(transfer) if progress is None else self._load_by_layers(transfer, progress)
         sizes = transfer.sizes[:loaded]
         self._counters.add(
             hits=loaded,
@@ -52,7 +58,9 @@ class Retrieve:
             found = self._load_from_pool(part)
             at += found
             if found < len(part):
-                from_tiers = _FromTiers(self._pool, self._lower, self._counters).run(part.part(found))
+                from_tiers = _FromTiers(self._pool, self._copies, self._lower, self._counters).run(
+                    part.part(found)
+                )
                 at += from_tiers
                 if not from_tiers:
                     break
@@ -72,17 +80,60 @@ class Retrieve:
         return 0
 
     def _scatter(self, transfer: Transfer, grant: Grant) -> int:
-        """Copy what was granted, up to the first chunk that is out of reach or has a wrong size."""
+        """Copy what was granted and is within reach; how many chunks."""
+        with self._within_reach(transfer, grant) as chunks:
+            if chunks:
+                self._copies.scatter(transfer.part(0, len(chunks)), chunks)
+            return len(chunks)
+
+    @contextmanager
+    def _within_reach(self, transfer: Transfer, grant: Grant) -> Iterator[list[Tensor]]:
+        """What was granted, up to the first chunk that is out of reach or has a wrong size."""
         lengths = grant.extents["length"].tolist()
         fitting = next((at for at, size in enumerate(lengths) if size != transfer.sizes[at]), len(lengths))
         if fitting < len(lengths):
             got, wanted = lengths[fitting], transfer.sizes[fitting]
             self._counters.failed(Cause.MALFORMED, "a chunk has a wrong length", got=got, wanted=wanted)
-        with self._pool.borrowed(grant.extents[:fitting], lengths[:fitting], grant.lineage) as views:
+        kind = transfer.paged.device.type
+        with self._pool.borrowed(grant.extents[:fitting], lengths[:fitting], grant.lineage, kind) as views:
             chunks = _leading(views)
-            if chunks:
-                scatter(transfer.part(0, len(chunks)), chunks, self._counters)
-            return len(chunks)
+            views.clear()
+            try:
+                yield chunks
+            finally:
+                chunks.clear()
+
+    def _load_by_layers(self, transfer: Transfer, progress: Progress) -> int:
+        """Pin what the pool has, load what it lacks, and then layer by layer what is pinned."""
+        pinned = transfer.part(0, KEYS_PER_REQUEST_MAX)
+        grant = self._pool.acquire(pinned.keys, pin=True)
+        if grant is None:
+            loaded = self._load(transfer)
+            progress.promise(loaded)
+            return loaded
+        try:
+            with self._within_reach(pinned, grant) as chunks:
+                count = len(chunks)
+                rest = self._load(transfer.part(count)) if count < len(transfer) else 0
+                progress.promise(count + rest)
+                if chunks:
+                    self._launch_by_layers(transfer.part(0, count), chunks, progress)
+            return count + rest if self._pool.intact(grant, 0, count) else 0
+        finally:
+            self._pool.release(grant)
+
+    def _launch_by_layers(self, transfer: Transfer, chunks: list[Tensor], progress: Progress) -> None:
+        """One launch for each range of layers; when it returns, or raises, nothing touches the pages any
+        more.
+        """
+        last = PAST
+        try:
+            with self._counters.seconds("scatter_seconds"):
+                for at, layers in enumerate(progress.ranges):
+                    last = self._copies.scatter_layers(transfer, chunks, layers)
+                    progress.launched(at, last)
+        finally:
+            last.wait()
 
 
 class _Place(NamedTuple):
@@ -95,8 +146,9 @@ class _Place(NamedTuple):
 class _FromTiers:
     """Loads leading chunks from the lower tiers and promotes them into the pool."""
 
-    def __init__(self, pool: Pool, lower: LowerTiers, counters: Counters) -> None:
+    def __init__(self, pool: Pool, copies: Copies, lower: LowerTiers, counters: Counters) -> None:
         self._pool = pool
+        self._copies = copies
         self._lower = lower
         self._counters = counters
 
@@ -126,7 +178,8 @@ class _FromTiers:
         sizes = [transfer.sizes[at] for at in missing[: len(extents)]]
         promoted: dict[int, int] = {}
         try:
-            with self._pool.borrowed(extents, sizes, reservation.lineage) as views:
+            kind = transfer.paged.device.type
+            with self._pool.borrowed(extents, sizes, reservation.lineage, kind) as views:
                 extent_of = {at: extent for extent, at in enumerate(missing[: len(views)])}
                 places = [self._place(transfer, at, views, extent_of.get(at)) for at in range(len(transfer))]
                 loaded = self._scatter(transfer, places)
@@ -151,7 +204,7 @@ class _FromTiers:
                 break
             chunks.append(place.chunk)
         if chunks:
-            scatter(transfer.part(0, len(chunks)), chunks, self._counters)
+            self._copies.scatter(transfer.part(0, len(chunks)), chunks)
         self._counters.add(tier_hits=len(chunks))
         return len(chunks)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from vcache.client import Reservation
 from vcache.engine.arguments import Transfer
-from vcache.engine.copies import gather
+from vcache.engine.copies import Copies
 from vcache.engine.pool import Pool
 from vcache.engine.stats import Cause, Counters
 from vcache.engine.tier_queue import TierQueue
@@ -19,8 +19,9 @@ from vcache.protocol import Outcome
 class Store:
     """Stores transfers. `queue`: by which chunks go on to lower tiers, None without any. Thread-safe."""
 
-    def __init__(self, pool: Pool, queue: TierQueue | None, counters: Counters) -> None:
+    def __init__(self, pool: Pool, copies: Copies, queue: TierQueue | None, counters: Counters) -> None:
         self._pool = pool
+        self._copies = copies
         self._queue = queue
         self._counters = counters
 
@@ -54,12 +55,12 @@ class Store:
         """Fill the extents that are within reach and give the others back; the positions of those filled."""
         extents = reservation.extents
         try:
-            with self._pool.borrowed(extents, transfer.sizes, reservation.lineage) as views:
+            with self._pool.borrowed(
+                extents, transfer.sizes, reservation.lineage, transfer.paged.device.type
+            ) as views:
                 written = [at for at, view in enumerate(views) if view is not None]
                 if written:
-                    gather(
-                        transfer.pick(written), [view for view in views if view is not None], self._counters
-                    )
+                    self._copies.gather(transfer.pick(written), [view for view in views if view is not None])
         except BaseException:
             self._pool.abort(extents)  # the copy is over, however it ended
             raise

@@ -21,8 +21,9 @@ from vcache.engine.arguments import (
     checked_tokens,
     masked_tokens,
 )
+from vcache.engine.lanes import Lanes
 from vcache.errors import ArgumentError
-from vcache.kernels import PagedKV
+from vcache.kernels import PagedKV, prepare
 from vcache.kernels.axes import parse_axes
 from vcache.keys import KeyChain
 from vcache.layout import KVLayout
@@ -32,13 +33,17 @@ from vcache.limits import PAGED_KV_DESCRIBED_MAX
 class Transfers:
     """Makes transfers for one layout and chain of keys. Thread-safe; what is wrong raises ArgumentError.
 
-    partial: whether a last chunk that is not full counts.
+    lanes: whose callers' queued work a transfer waits for. partial: whether a last chunk that is not full
+    counts.
     """
 
-    def __init__(self, layout: KVLayout, chain: KeyChain, axes: str, *, partial: bool) -> None:
+    def __init__(
+        self, layout: KVLayout, chain: KeyChain, axes: str, lanes: Lanes | None = None, *, partial: bool
+    ) -> None:
         parse_axes(axes)
         self._layout = layout
         self._chain = chain
+        self._lanes = lanes or Lanes()
         self._partial = partial
         self._described = DescribedTensors(axes, layout)
 
@@ -69,7 +74,8 @@ class Transfers:
         sizes = [self._layout.chunk_bytes] * len(keys)
         if keys and (end - masked) % chunk_tokens:
             sizes[-1] = self._layout.bytes_for((end - masked) % chunk_tokens)
-        transfer = Transfer(paged, keys, sizes, slots[masked:end], chunk_tokens)
+        after = self._lanes.on(paged.device).caller()
+        transfer = Transfer(paged, keys, sizes, slots[masked:end], chunk_tokens, after)
         return transfer, slots.numpy() >= 0, masked
 
     def of_pages(self, keys: Any, *, kvcaches: Any, pages: Any) -> Transfer:
@@ -79,7 +85,12 @@ class Transfers:
         per_chunk = self._layout.pages_per_chunk
         per = f"page, {per_chunk} per key"
         ids = checked_ids("pages", pages, len(checked) * per_chunk, paged.num_pages, per)
-        return Transfer(paged, checked, [self._layout.chunk_bytes] * len(checked), ids, per_chunk)
+        after = self._lanes.on(paged.device).caller()
+        return Transfer(paged, checked, [self._layout.chunk_bytes] * len(checked), ids, per_chunk, after)
+
+    def prepare(self, kvcaches: Any) -> None:
+        """Describe tensors, and make now what their first copy would have to make."""
+        prepare(self._described.describe(kvcaches))
 
     def require_form(self, form: str, instead: str) -> None:
         """Raise ArgumentError unless the layout has this form; `instead`: what the other one calls."""

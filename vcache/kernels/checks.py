@@ -72,6 +72,17 @@ def check_chunks(paged: PagedKV, chunks: Sequence[Tensor], unit_bytes: int) -> i
     return total
 
 
+def check_layers(paged: PagedKV, layers: range | None) -> None:
+    """Raise ArgumentError unless `layers` is None or an ascending range, without gaps, of layers that are
+    there.
+    """
+    if layers is None:
+        return
+    count = len(paged.layers)
+    if not isinstance(layers, range) or layers.step != 1 or not 0 <= layers.start < layers.stop <= count:
+        raise ArgumentError("layers", repr(layers), f"a range of step 1 within range(0, {count}), not empty")
+
+
 def check_form(paged: PagedKV, form: str) -> None:
     """Raise ArgumentError unless the paged KV was described for chunks of that form."""
     if paged.layout.form != form:

@@ -40,28 +40,28 @@ _THREAD_BYTES_MIN: Final = 512 * 1024
 _known: WeakKeyDictionary[PagedKV, Tables | None] = WeakKeyDictionary()
 
 
-def gather(paged: PagedKV, ids: Tensor, chunks: Sequence[Tensor]) -> None:
+def gather(paged: PagedKV, ids: Tensor, chunks: Sequence[Tensor], layers: range | None = None) -> None:
     """As `reference.gather`, for paged KV and chunks in host memory."""
     if pieces.fits(paged):
-        pieces.gather(paged, ids, chunks)
+        pieces.gather(paged, ids, chunks, layers)
         return
     tables = _usable_tables(paged, chunks)
     if tables is None:
-        reference.gather(paged, ids, chunks)
+        reference.gather(paged, ids, chunks, layers)
     else:
-        _copy(_gather_step, tables, paged, ids, chunks)
+        _copy(_gather_step, tables, paged, ids, chunks, layers)
 
 
-def scatter(paged: PagedKV, ids: Tensor, chunks: Sequence[Tensor]) -> None:
+def scatter(paged: PagedKV, ids: Tensor, chunks: Sequence[Tensor], layers: range | None = None) -> None:
     """As `reference.scatter`, for paged KV and chunks in host memory."""
     if pieces.fits(paged):
-        pieces.scatter(paged, ids, chunks)
+        pieces.scatter(paged, ids, chunks, layers)
         return
     tables = _usable_tables(paged, chunks)
     if tables is None:
-        reference.scatter(paged, ids, chunks)
+        reference.scatter(paged, ids, chunks, layers)
     else:
-        _copy(_scatter_step, tables, paged, ids, chunks)
+        _copy(_scatter_step, tables, paged, ids, chunks, layers)
 
 
 def _usable_tables(paged: PagedKV, chunks: Sequence[Tensor]) -> Tables | None:
@@ -77,26 +77,34 @@ _CopyStep = Callable[[Tables, int, Words, PageRun | Rows], None]
 
 
 def _copy(
-    copy_step: _CopyStep, tables: Tables, paged: PagedKV, ids: Tensor, chunks: Sequence[Tensor]
+    copy_step: _CopyStep,
+    tables: Tables,
+    paged: PagedKV,
+    ids: Tensor,
+    chunks: Sequence[Tensor],
+    layers: range | None,
 ) -> None:
+    layers = reference.all_layers(paged) if layers is None else layers
     numbers = ids.numpy()
-    count, layers = reference.unit_bytes(paged), len(paged.layers)
+    count = reference.unit_bytes(paged)
     work: list[tuple[Words, list[PageRun | Rows]]] = []
     begin = 0
     parts, heads, words = tables.layers[0].shape[0], *tables.layers[0].shape[3:]
     for chunk in chunks:
         end = begin + len(chunk) // count
-        region = chunk.numpy().view(tables.word).reshape(layers, parts, end - begin, heads, words)
+        region = chunk.numpy().view(tables.word).reshape(len(paged.layers), parts, end - begin, heads, words)
         work.append((region, plan(tables, numbers[begin:end])))
         begin = end
 
     def task(number: int) -> None:
-        region, steps = work[number // layers]
+        region, steps = work[number // len(layers)]
+        layer = layers[number % len(layers)]
         for step in steps:
-            copy_step(tables, number % layers, region[number % layers], step)
+            copy_step(tables, layer, region[layer], step)
 
-    threads = min(torch.get_num_threads(), max(1, begin * count // _THREAD_BYTES_MIN))
-    spread(task, len(work) * layers, threads)
+    moved = begin * count * len(layers) // len(paged.layers)
+    threads = min(torch.get_num_threads(), max(1, moved // _THREAD_BYTES_MIN))
+    spread(task, len(work) * len(layers), threads)
 
 
 def _gather_step(tables: Tables, layer: int, region: Words, step: PageRun | Rows) -> None:

@@ -33,17 +33,17 @@ def fits(paged: PagedKV) -> bool:
     return all(layer[0].is_contiguous() for layer in paged.layers)
 
 
-def gather(paged: PagedKV, pages: Tensor, chunks: Sequence[Tensor]) -> None:
+def gather(paged: PagedKV, pages: Tensor, chunks: Sequence[Tensor], layers: range | None = None) -> None:
     """As `reference.gather`, for paged KV that fits."""
-    moves, zeroed = _moves(paged, pages, chunks)
+    moves, zeroed = _moves(paged, pages, chunks, layers)
     _move(moves[0], moves[1], paged.layout.page_bytes)
     for address in zeroed.tolist():
         ctypes.memset(address, 0, paged.layout.page_bytes)
 
 
-def scatter(paged: PagedKV, pages: Tensor, chunks: Sequence[Tensor]) -> None:
+def scatter(paged: PagedKV, pages: Tensor, chunks: Sequence[Tensor], layers: range | None = None) -> None:
     """As `reference.scatter`, for paged KV that fits."""
-    moves, _ = _moves(paged, pages, chunks)
+    moves, _ = _moves(paged, pages, chunks, layers)
     _move(moves[1], moves[0], paged.layout.page_bytes)
 
 
@@ -51,9 +51,9 @@ Addresses = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
 def _moves(
-    paged: PagedKV, pages: Tensor, chunks: Sequence[Tensor]
+    paged: PagedKV, pages: Tensor, chunks: Sequence[Tensor], layers: range | None
 ) -> tuple[tuple[Addresses, Addresses], Addresses]:
-    """((in chunks, in the paged KV) of every page of every layer, and where in chunks no page is given)."""
+    """((in chunks, in the paged KV) of every page of these layers, and where in chunks no page is given)."""
     size, count = paged.layout.page_bytes, len(paged.layers)
     numbers = pages.numpy()
     in_chunks, begin = [], 0
@@ -66,6 +66,8 @@ def _moves(
     first = paged.layers[0]
     bases = np.array([layer.data_ptr() for layer in paged.layers], np.int64)
     strides = np.array([layer.stride(0) * first.element_size() for layer in paged.layers], np.int64)
+    chosen = slice(None) if layers is None else list(layers)
+    from_chunks, bases, strides = from_chunks[chosen], bases[chosen], strides[chosen]
     in_pages = bases[:, None] + strides[:, None] * numbers[None, :begin]
     given = np.broadcast_to(numbers[None, :begin] >= 0, in_pages.shape)
     return (from_chunks[given], in_pages[given]), from_chunks[~given]

@@ -13,26 +13,37 @@ from torch import Tensor
 from vcache.kernels.base import PagedKV
 
 
-def gather(paged: PagedKV, ids: Tensor, chunks: Sequence[Tensor]) -> None:
-    """Copy the slots (tokens form) or pages (pages form) `ids` into the chunks; zero where an id is -1."""
+def gather(paged: PagedKV, ids: Tensor, chunks: Sequence[Tensor], layers: range | None = None) -> None:
+    """Copy the slots (tokens form) or pages (pages form) `ids` into the chunks; zero where an id is -1.
+
+    layers: the layers that are copied, all by default.
+    """
     for chunk, part in _parts(paged, ids, chunks):
         none = part < 0
-        for layer, piece in zip(paged.layers, _layers_of(paged, chunk, len(part)), strict=True):
-            found = layer[_at(paged, part.clamp(min=0))]
+        pieces = _layers_of(paged, chunk, len(part))
+        for number in all_layers(paged) if layers is None else layers:
+            found = paged.layers[number][_at(paged, part.clamp(min=0))]
             found[(slice(None), none) if paged.layout.form == "tokens" else none] = 0
-            piece.copy_(found)
+            pieces[number].copy_(found)
 
 
-def scatter(paged: PagedKV, ids: Tensor, chunks: Sequence[Tensor]) -> None:
+def scatter(paged: PagedKV, ids: Tensor, chunks: Sequence[Tensor], layers: range | None = None) -> None:
     """Copy the chunks to the slots (tokens form) or pages (pages form) `ids`; skip where an id is -1.
 
-    Which value stays where an id comes twice is not defined.
+    Which value stays where an id comes twice is not defined. layers: as for `gather`.
     """
     for chunk, part in _parts(paged, ids, chunks):
         kept = part >= 0
-        for layer, piece in zip(paged.layers, _layers_of(paged, chunk, len(part)), strict=True):
+        pieces = _layers_of(paged, chunk, len(part))
+        for number in all_layers(paged) if layers is None else layers:
+            layer, piece = paged.layers[number], pieces[number]
             source = piece[:, kept] if paged.layout.form == "tokens" else piece[kept]
             layer[_at(paged, part[kept])] = source.to(layer.device)
+
+
+def all_layers(paged: PagedKV) -> range:
+    """The layers of a copy that is not restricted to some."""
+    return range(len(paged.layers))
 
 
 def _at(paged: PagedKV, ids: Tensor) -> tuple[slice | Tensor, ...]:

@@ -24,6 +24,7 @@ __all__ = [
     "SegmentMemory",
     "allocate",
     "decode_descriptor",
+    "device_label",
     "encode_descriptor",
     "map_segment",
     "parse_device",
@@ -47,13 +48,19 @@ def allocate(device: str, size: int, *, numa: int | None = None) -> Segment:
 
 
 def map_segment(
-    descriptor: SegmentDescriptor, fd: int | None = None, *, own_device: str | None = None
+    descriptor: SegmentDescriptor,
+    fd: int | None = None,
+    *,
+    own_device: str | None = None,
+    writable: bool = True,
 ) -> MappedSegment:
     """Map a peer's segment, verified. Raises RemoteProtocolError if it is not what its descriptor says.
 
-    fd: of the memfd, where the segment has one; it stays the caller's, who may close it afterwards.
-    own_device: the importer's own GPU ("cuda:1"), with which a peer's GPU memory is opened; by default
-    torch's current one. Raises SegmentError if the segment has ended or cannot be mapped here.
+    fd: of the memfd or of the GPU's memory, where the segment has one; it stays the caller's, who may close
+    it afterwards. own_device: the importer's own GPU ("cuda:1"), with which a peer's GPU memory is opened; by
+    default torch's current one. writable: whether this process will write to it; False is a promise that
+    GPU memory by file descriptor is held to (`MappedSegment.writable` says what became of it). Raises
+    SegmentError if the segment has ended or cannot be mapped here.
     """
     if descriptor.kind == "shm":
         if fd is None:
@@ -63,4 +70,16 @@ def map_segment(
         return MappedShmSegment.map(descriptor, fd)
     from vcache.segment.cuda import MappedCudaSegment
 
-    return MappedCudaSegment.map(descriptor, own_device)
+    return MappedCudaSegment.map(descriptor, fd, own_device, writable=writable)
+
+
+def device_label(device: str) -> str:
+    """The label by which all processes of the machine know a device: "cuda:1" becomes "cuda:GPU-…".
+
+    "shm:1" is one already. Raises ArgumentError, and SegmentError where there is no such GPU.
+    """
+    if parse_device(device)[0] == "shm":
+        return device
+    from vcache.segment import gpu
+
+    return gpu.device_label(device)

@@ -57,12 +57,14 @@ class Borrow:
 class SegmentMemory(ABC):
     """What holder and importer have in common: identity, views, borrows. Thread-safe.
 
-    size: bytes, header included. device: "shm:0", "cuda:0"; of an importer the holder's label. segment_id: 16
-    bytes. incarnation: random, nonzero, of this allocation.
+    size: bytes, header included. device: the label by which all processes know it, "shm:0" or "cuda:GPU-…".
+    segment_id: 16 bytes. incarnation: random, nonzero, of this allocation.
 
     A child that fork() made has none of this memory: there `borrow` gives None, and `view` raises
     ForkedProcess.
     """
+
+    writable = True
 
     def __init__(self, descriptor: SegmentDescriptor) -> None:
         self.size = descriptor.size
@@ -84,17 +86,27 @@ class SegmentMemory(ABC):
         touching it ends the process. Raises RemoteProtocolError if the extent (which a peer named) is not
         within the segment's data, SegmentError if the memory is gone.
         """
-        if self._forked:
-            raise ForkedProcess(f"segment {self.segment_id.hex()} was allocated or mapped before fork()")
-        if offset < DATA_OFFSET or length <= 0 or offset + length > self.size:
-            raise RemoteProtocolError(
-                f"extent: got offset {offset} and length {length}, wanted {DATA_OFFSET} <= offset and "
-                f"0 < length <= {self.size} - offset (segment {self.segment_id.hex()})"
-            )
+        self._check_extent(offset, length)
         whole = self._tensor
         if whole is None:
             whole = self._make_tensor()
         return whole[offset : offset + length]
+
+    def peek(self, offset: int, length: int) -> bytes:
+        """A copy of some bytes of the data, for probes: slow, and without torch. Raises as `view` does."""
+        self._check_extent(offset, length)
+        with self._state:
+            self._check_there()
+            return self._copy_out(offset, length)
+
+    def poke(self, offset: int, content: bytes) -> None:
+        """Overwrite some bytes of the data, for probes: slow, and without torch. Raises as `view` does."""
+        self._check_extent(offset, len(content))
+        if not self.writable:
+            raise SegmentError(f"segment {self.segment_id.hex()} is mapped read-only")
+        with self._state:
+            self._check_there()
+            self._copy_in(offset, content)
 
     def borrow(self) -> Borrow | None:
         """Keep the memory where it is while a copy runs; None once the segment is retired or closed: a miss.
@@ -137,10 +149,23 @@ class SegmentMemory(ABC):
         # Asked before the lock is taken: a thread of the parent may have held it when the child was made.
         return self._pid != os.getpid()
 
+    def _check_extent(self, offset: int, length: int) -> None:
+        if self._forked:
+            raise ForkedProcess(f"segment {self.segment_id.hex()} was allocated or mapped before fork()")
+        if offset < DATA_OFFSET or length <= 0 or offset + length > self.size:
+            raise RemoteProtocolError(
+                f"extent: got offset {offset} and length {length}, wanted {DATA_OFFSET} <= offset and "
+                f"0 < length <= {self.size} - offset (segment {self.segment_id.hex()})"
+            )
+
+    def _check_there(self) -> None:
+        """To be called under the lock."""
+        if self._gone:
+            raise SegmentError(f"segment {self.segment_id.hex()} is not mapped any more")
+
     def _make_tensor(self) -> torch.Tensor:
         with self._state:
-            if self._gone:
-                raise SegmentError(f"segment {self.segment_id.hex()} is not mapped any more")
+            self._check_there()
             if self._tensor is None:
                 self._tensor = self._whole()
             return self._tensor
@@ -184,6 +209,14 @@ class SegmentMemory(ABC):
         """A uint8 tensor over all of the memory."""
 
     @abstractmethod
+    def _copy_out(self, offset: int, length: int) -> bytes:
+        """A copy of some bytes; called while the memory is there."""
+
+    @abstractmethod
+    def _copy_in(self, offset: int, content: bytes) -> None:
+        """Overwrite some bytes; called while the memory is there."""
+
+    @abstractmethod
     def _read_incarnation(self) -> int:
         """The incarnation in the header; called while the memory is there."""
 
@@ -197,10 +230,15 @@ class SegmentMemory(ABC):
 
 
 class Segment(SegmentMemory):
-    """A segment that this process holds: it allocated the memory, exports it, and frees it."""
+    """A segment that this process holds: it allocated the memory, exports it, and frees it.
+
+    importers_first: whether all importers must have unmapped it, or died, before `close` may free it.
+    """
+
+    importers_first = False
 
     def descriptor(self) -> tuple[bytes, int | None]:
-        """The encoded SegmentDescriptor, and the descriptor to pass by SCM_RIGHTS (None on a GPU).
+        """The encoded SegmentDescriptor, and the descriptor to pass by SCM_RIGHTS (None if a handle does).
 
         The file descriptor stays the segment's: pass it on, do not close it. SegmentError once closed.
         """
@@ -213,8 +251,8 @@ class Segment(SegmentMemory):
     def close(self, *, wait_s: float = 0.0) -> bool:
         """End this incarnation and free the memory, when the last borrow has ended; True if it is freed now.
 
-        wait_s: how long to wait for running copies. Close only when the server said that no importer maps the
-        segment any more (or it does not matter: the process ends). May be called again.
+        wait_s: how long to wait for running copies. With `importers_first` close only when the server said
+        that no importer maps the segment any more. May be called again.
         """
         if self._forked:
             return False
@@ -250,7 +288,10 @@ class Segment(SegmentMemory):
 
 
 class MappedSegment(SegmentMemory):
-    """A peer's segment, mapped here: this process neither allocated the memory nor frees it."""
+    """A peer's segment, mapped here: this process neither allocated the memory nor frees it.
+
+    writable: whether this process may write to it; a kernel that writes to one that is not faults.
+    """
 
     def __init__(self, descriptor: SegmentDescriptor) -> None:
         super().__init__(descriptor)

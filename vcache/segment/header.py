@@ -32,20 +32,31 @@ INCARNATION_AT: Final = 24
 """Where the incarnation lies in the header: 8 bytes, aligned, so that they are read and written whole."""
 
 
+_UUID: Final = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+
+IPC_HANDLE_BYTES: Final = 64
+"""CUDA_IPC_HANDLE_SIZE of cuda.h."""
+
+
 class SegmentDescriptor(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What an importer needs to know of a segment; it comes from a peer and is checked when decoded.
 
-    size: bytes, header included. device: a label, "shm:0" or the holder's own "cuda:0". handle, gpu_uuid: for
-    cuda, the 64-byte IPC handle and the GPU's UUID ("GPU-…"), by which GPUs are known between processes.
+    kind: shared memory ("shm") and GPU memory by file descriptor ("cuda-fd") come with that descriptor beside
+    them, GPU memory by legacy CUDA IPC ("cuda") has a `handle` of 64 bytes instead. size: bytes, header
+    included. device: the label by which all processes know it, "shm:0" or "cuda:GPU-…" with the GPU's UUID.
     """
 
-    kind: Literal["shm", "cuda"]
+    kind: Literal["shm", "cuda", "cuda-fd"]
     size: Annotated[int, msgspec.Meta(gt=SEGMENT_HEADER_BYTES, lt=1 << 62)]
     segment_id: Annotated[bytes, msgspec.Meta(min_length=SEGMENT_ID_BYTES, max_length=SEGMENT_ID_BYTES)]
     incarnation: Annotated[int, msgspec.Meta(gt=0)]
-    device: Annotated[str, msgspec.Meta(pattern=r"^(shm|cuda):[0-9]{1,4}$")]
-    handle: Annotated[bytes, msgspec.Meta(max_length=256)] = b""
-    gpu_uuid: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    device: Annotated[str, msgspec.Meta(pattern=rf"^(shm:[0-9]{{1,4}}|cuda:(GPU|MIG)-{_UUID})\Z")]
+    handle: Annotated[bytes, msgspec.Meta(max_length=IPC_HANDLE_BYTES)] = b""
+
+    @property
+    def gpu(self) -> str:
+        """The UUID of the GPU that the memory lies on; empty for shared memory."""
+        return "" if self.kind == "shm" else self.device.partition(":")[2]
 
 
 _decoder: Final = msgspec.msgpack.Decoder(SegmentDescriptor)
@@ -63,9 +74,16 @@ def decode_descriptor(encoded: bytes) -> SegmentDescriptor:
             f"segment descriptor: got {len(encoded)} bytes, wanted at most {SEGMENT_DESCRIPTOR_BYTES_MAX}"
         )
     try:
-        return _decoder.decode(encoded)
+        descriptor = _decoder.decode(encoded)
     except (msgspec.DecodeError, RecursionError) as error:
         raise RemoteProtocolError(f"segment descriptor: {error}") from error
+    if descriptor.device.startswith("shm:") != (descriptor.kind == "shm"):
+        raise RemoteProtocolError(f"segment descriptor: a {descriptor.kind!r} segment on {descriptor.device}")
+    wanted = IPC_HANDLE_BYTES if descriptor.kind == "cuda" else 0
+    if len(descriptor.handle) != wanted:
+        got = len(descriptor.handle)
+        raise RemoteProtocolError(f"segment descriptor: got a handle of {got} bytes, wanted {wanted}")
+    return descriptor
 
 
 def pack_header(*, size: int, incarnation: int, segment_id: bytes) -> bytes:

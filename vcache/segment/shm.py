@@ -75,6 +75,12 @@ class ShmSegment(Segment):
     def _read_incarnation(self) -> int:
         return self._mapping.read_word(INCARNATION_AT)
 
+    def _copy_out(self, offset: int, length: int) -> bytes:
+        return self._mapping.read(offset, length)
+
+    def _copy_in(self, offset: int, content: bytes) -> None:
+        self._mapping.write(offset, content)
+
     def _end_incarnation(self) -> None:
         self._mapping.write_word(INCARNATION_AT, 0)
 
@@ -116,6 +122,12 @@ class MappedShmSegment(MappedSegment):
 
     def _read_incarnation(self) -> int:
         return self._mapping.read_word(INCARNATION_AT)
+
+    def _copy_out(self, offset: int, length: int) -> bytes:
+        return self._mapping.read(offset, length)
+
+    def _copy_in(self, offset: int, content: bytes) -> None:
+        self._mapping.write(offset, content)
 
     def _free(self) -> None:
         self._mapping.unmap()
