@@ -233,7 +233,16 @@ def test_consecutive_pages_are_one_piece() -> None:
     assert copied_by_pieces(paged, torch.arange(8, 8 + CHUNK_TOKENS), chunks, range(LAYERS)) == 2 * LAYERS
 
 
+def test_without_cupy_the_kernel_copies_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    planes = planes_of(paged_kv("kpshd", token_layout()))
+    assert planes is not None
+    monkeypatch.setattr(copy_engine, "PIECE_BYTES_MIN", 1)
+    monkeypatch.setattr(copy_engine, "_has_cupy", lambda: False)
+    assert not copy_engine.is_faster(planes, torch.arange(16))
+
+
 def test_the_copy_engine_is_for_long_pieces_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copy_engine, "_has_cupy", lambda: True)
     paged = paged_kv("kpshd", token_layout())
     planes = planes_of(paged)
     assert planes is not None
@@ -267,8 +276,17 @@ def test_the_tables_of_one_copy_travel_together() -> None:
     paged = paged_kv("kpshd", token_layout())
     chunks = chunks_for(paged, 2 * CHUNK_TOKENS)
     ids, addresses = gpu._tables(torch.device("cpu"), torch.arange(2 * CHUNK_TOKENS), chunks)
-    assert ids.data_ptr() + ids.numel() * 8 == addresses.data_ptr()
+    assert ids.untyped_storage().data_ptr() == addresses.untyped_storage().data_ptr()
+    assert ids.tolist() == list(range(2 * CHUNK_TOKENS))
     assert addresses.tolist() == [chunk.data_ptr() for chunk in chunks]
+
+
+@pytest.mark.parametrize("tokens", [1, CHUNK_TOKENS, CHUNK_TOKENS + 1, 2 * CHUNK_TOKENS + 3])
+def test_the_tables_are_aligned_as_the_kernel_was_compiled_for(tokens: int) -> None:
+    """Or Triton would compile another one, in the middle of a request."""
+    paged = paged_kv("kpshd", token_layout())
+    for table in gpu._tables(torch.device("cpu"), torch.arange(tokens), chunks_for(paged, tokens)):
+        assert table.data_ptr() % 16 == 0
 
 
 def test_described_once_for_each_alignment() -> None:

@@ -36,7 +36,10 @@ class Lane(Protocol):
         ...
 
     def run(self, copy: Callable[[], object], after: Event) -> Event:
-        """Queue what `copy` launches behind the copies of before and behind `after`; the event of its end."""
+        """Queue what `copy` launches behind the copies of before and behind `after`; the event of its end.
+
+        When it raises, nothing of it runs any more.
+        """
         ...
 
 
@@ -106,7 +109,12 @@ class StreamLane:
             torch.cuda.stream(self._stream),
         ):
             after.hold_caller()  # the caller is, for now, this stream
-            copy()
+            try:
+                copy()
+            except BaseException:
+                # A part may have been launched: whoever hears of the failure gives the memory away.
+                self._stream.synchronize()
+                raise
             return self._recorded(self._stream)
 
     def _recorded(self, stream: torch.cuda.Stream) -> _StreamEvent:

@@ -7,6 +7,8 @@ no multiprocessor, and reaches the speed of the memory or the link when pieces a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import Final
 
 import numpy as np
@@ -27,13 +29,21 @@ time of its copy.
 
 
 def is_faster(planes: Planes, ids: Tensor) -> bool:
-    """Whether these ids are pieces of PIECE_BYTES_MIN and more. Ids on a GPU are not waited for: False."""
-    if len(planes.row_offsets) > 1 or ids.device.type != "cpu":
+    """Whether these ids are pieces of PIECE_BYTES_MIN and more, and cupy is there to copy them.
+
+    Ids on a GPU are not waited for: False.
+    """
+    if len(planes.row_offsets) > 1 or ids.device.type != "cpu" or not _has_cupy():
         return False
     unit_bytes = planes.unit_words * planes.word
     if len(ids) * unit_bytes < PIECE_BYTES_MIN:
         return False
     return len(ids) * unit_bytes >= PIECE_BYTES_MIN * len(_piece_starts(planes, ids))
+
+
+@cache
+def _has_cupy() -> bool:
+    return find_spec("cupy") is not None
 
 
 def copy(

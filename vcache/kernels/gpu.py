@@ -243,9 +243,15 @@ def _tables(device: torch.device, ids: Tensor, chunks: Sequence[Tensor]) -> tupl
     """Ids and the chunks' addresses in the GPU's memory; what is not there yet goes in one copy."""
     addresses = np.fromiter((chunk.data_ptr() for chunk in chunks), np.int64, len(chunks))
     if ids.device == device and device.type == "cuda":
-        return ids.contiguous(), _sent(torch.from_numpy(addresses), device)
-    table = _sent(torch.cat([ids.cpu(), torch.from_numpy(addresses)]), device)
-    return table[: len(ids)], table[len(ids) :]
+        aligned = ids if ids.is_contiguous() and not ids.data_ptr() % ALIGN_MAX else ids.clone()
+        return aligned, _sent(torch.from_numpy(addresses), device)
+    # Addresses first, of an even number: both begin at multiples of 16 bytes, as the kernel was compiled for.
+    begin = len(addresses) + len(addresses) % 2
+    table = torch.zeros(begin + len(ids), dtype=torch.int64)
+    table[: len(addresses)] = torch.from_numpy(addresses)
+    table[begin:] = ids
+    sent = _sent(table, device)
+    return sent[begin:], sent[: len(addresses)]
 
 
 def _sent(table: Tensor, device: torch.device) -> Tensor:
