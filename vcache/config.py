@@ -172,9 +172,6 @@ class TiersConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     # The lower tiers, the fastest first: "rocksdb", "mooncake", or "rocksdb, mooncake". None: only the pool.
     order: TierOrder | None = None
-    # through: a chunk is written below when it was stored. back: when it is among the next to be evicted;
-    # that spares the writes of those that are never evicted, and loses them with the pool.
-    write: Literal["through", "back"] = "through"
     # Whether a lookup has what it found below loaded into the pool, so that the retrieve finds it there.
     prefetch: bool = True
     # A call that takes longer is a miss, and the tier is left alone for a while.

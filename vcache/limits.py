@@ -302,3 +302,19 @@ PREFETCH_WAIT_S: Final = 10.0
 """How long a retrieve waits for a chunk that is being prefetched, instead of reading it a second time: a
 tier's deadline and more, since the prefetch itself gives up at that.
 """
+
+MOONCAKE_SEGMENT_MIN_BYTES: Final = 16 * MIB
+"""The smallest segment that Mooncake mounts."""
+
+MOONCAKE_CLOSE_S: Final = 5.0
+"""How long closing waits for Mooncake calls under way: one to a holder that hangs takes 30 s, and an engine
+does not end later for it.
+"""
+
+MOONCAKE_REACH_S: Final = 1.0
+"""How long Mooncake's master may take to accept a connection before the client is set up, which holds the GIL
+for seconds if there is none.
+"""
+
+MOONCAKE_FULL_PAUSES_S: Final = (0.01, 0.02, 0.04, 0.08, 0.16)
+"""Pauses between tries to put where there was no room: eviction runs behind, and takes about 10 ms."""

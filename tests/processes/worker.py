@@ -44,8 +44,7 @@ class _Child:
         self.kept: dict[str, Any] = {}
 
     def open_engine(self, *, pages: bool = False, large: bool = False, **config: Any) -> None:
-        """An engine on the test layout, in its tokens form (large: with large chunks) or in its pages form.
-        """
+        """An engine on the test layout, in its tokens form (large: with large chunks) or in its pages form."""
         from tests.processes.content import AXES, LARGE_LAYOUT, LAYOUT, PAGES_AXES, PAGES_LAYOUT
         from vcache import VCacheEngine
 
