@@ -41,16 +41,20 @@ PYTHON_VERSION ?= 3.12
 MACHINE ?= x86_64
 LMCACHE ?=
 
-.PHONY: help demo test bench gpu wheels lint clean
+.PHONY: help demo test test-tiers bench gpu wheels lint clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
 
 demo: $(STAMP) ## two workers share the KV of a real transformer through the pool
 	TIER=$(TIER) $(BIN)/python -m demo
 
 test: $(STAMP) ## all tests that need no GPU
 	$(BIN)/python -m pytest -q
+
+test-tiers: $(VENV)/.installed-mooncake ## the tests with a real Mooncake Store; Debian: libibverbs1 libnuma1 libcurl4
+	$(BIN)/python -c "import mooncake.store"
+	$(BIN)/python -m pytest -q tests/mooncake
 
 bench: $(STAMP) ## the figures, on this machine
 	$(BIN)/python -m benchmarks
@@ -123,4 +127,8 @@ $(STAMP): pyproject.toml
 	@echo "installing vcache[$(EXTRAS)] into $(VENV): minutes the first time, seconds later"
 	@$(install_torch)
 	@$(PIP) -e '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV)/.installed-mooncake: $(STAMP)
+	@$(PIP) -e '.[mooncake]'
 	@touch $@

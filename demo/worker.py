@@ -54,6 +54,7 @@ class Worker:
             device=settings.device,
             segment={"size": 0},
             server={"autostart": False},
+            **settings.tier,
         )
         self.previous: tuple[list[int], torch.Tensor] | None = None  # prompt and KV of the last run
 
