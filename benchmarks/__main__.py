@@ -9,7 +9,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -32,7 +32,7 @@ from benchmarks.report import (
     summary,
 )
 
-Run = Callable[[], list[Figure]]
+Run = Callable[[], Iterable[Figure]]
 
 PARTS: Final[dict[str, tuple[str, Run]]] = {
     "server": (server.TITLE, server.run),
@@ -42,7 +42,7 @@ PARTS: Final[dict[str, tuple[str, Run]]] = {
 """On every machine."""
 
 
-def _on_gpus(run: Callable[[Sequence[str]], list[Figure]]) -> Run:
+def _on_gpus(run: Callable[[Sequence[str]], Iterable[Figure]]) -> Run:
     return lambda: run(gpus())
 
 
@@ -71,7 +71,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--write", action="store_true", help="also to benchmarks/results/<date>-<CPU or GPU>-<commit>.md"
     )
     parser.add_argument("--strict", action="store_true", help="exit code 1 if a wanted bound was missed")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also there, part by part, for programs")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also there, as they come, for programs")
     parsed = parser.parse_args(argv)
     if unknown := sorted(set(parsed.parts) - {*PARTS, *GPU_PARTS, "gpu"}):
         parser.error(f"PART: got {', '.join(unknown)}, wanted {', '.join((*PARTS, 'gpu', *GPU_PARTS))}")
@@ -88,8 +88,12 @@ def write(tables: dict[str, list[Figure]], hardware: str) -> Path:
     return path
 
 
+def _as_json(tables: dict[str, list[Figure]]) -> str:
+    return json.dumps({title: [vars(row) for row in rows] for title, rows in tables.items()})
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print; 0, or with `--strict` 1 if a wanted bound was missed. 2: a GPU is needed, none here."""
+    """Measure and print; 0, with `--strict` 1 if a wanted bound was missed, 2 where a GPU is needed."""
     asked = arguments(argv)
     out, errors = console(), Console(stderr=True)
     if set(asked.parts) & set(GPU_PARTS):
@@ -101,13 +105,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables: dict[str, list[Figure]] = {}
     for name in asked.parts:
         title, run = {**PARTS, **GPU_PARTS}[name]
+        rows = tables.setdefault(title, [])
         with errors.status(f"measuring: {name}"):
-            tables[title] = run()
-        show(title, tables[title], out)
-        if asked.json:
-            asked.json.write_text(
-                json.dumps({key: [vars(row) for row in rows] for key, rows in tables.items()})
-            )
+            for figure in run():
+                rows.append(figure)
+                if asked.json:
+                    asked.json.write_text(_as_json(tables))
+        show(title, rows, out)
     figures = [figure for table in tables.values() for figure in table]
     out.print(summary(figures), highlight=False)
     print(machine())

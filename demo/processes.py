@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, TypeVar
@@ -52,7 +53,15 @@ def environment() -> dict[str, str]:
 class Child:
     """One process of the demo, with a log file, in a session of its own: Ctrl-C is the demo's to handle."""
 
-    def __init__(self, name: str, arguments: list[str], directory: Path, *, talks: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: list[str],
+        directory: Path,
+        *,
+        talks: bool = False,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
         self.log = directory / f"{name.replace(' ', '-').replace(':', '')}.log"
         with self.log.open("ab") as log:
@@ -62,7 +71,7 @@ class Child:
                 stdout=subprocess.PIPE if talks else log,
                 stderr=log,
                 cwd=Path(__file__).parent.parent,
-                env=environment(),
+                env={**environment(), **(environ or {})},
                 start_new_session=True,
                 preexec_fn=die_with_parent,
             )
@@ -96,11 +105,17 @@ class Child:
 
     def wait_for_log(self, text: str) -> None:
         """Return when the log has `text`; raises `DemoFailed` at the deadline or when the process ended."""
-        deadline = time.monotonic() + START_SECONDS_MAX
-        while text not in self.log.read_text(errors="replace"):
+        self.wait_until(
+            lambda: text in self.log.read_text(errors="replace"), START_SECONDS_MAX, f"say {text!r}"
+        )
+
+    def wait_until(self, holds: Callable[[], bool], seconds_max: float, what: str) -> None:
+        """Return when `holds()`; raises `DemoFailed` at the deadline or when the process ended."""
+        deadline = time.monotonic() + seconds_max
+        while not holds():
             self.check_alive()
             if time.monotonic() > deadline:
-                raise self.failure(f"did not say {text!r} within {START_SECONDS_MAX:.0f} s")
+                raise self.failure(f"did not {what} within {seconds_max:.0f} s")
             time.sleep(POLL_SECONDS)
 
 

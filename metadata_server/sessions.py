@@ -1,7 +1,8 @@
 """Sessions: which processes are alive, which segments they lend, who maps which.
 
 A session begins with `Hello` on the session socket. It outlives its socket: **dead means that the pidfd is
-readable**, or, for a session that a restarted server has not seen yet, that its lock is free.
+readable**, or, for a session that a restarted server has not seen yet, that its lock is free and its process
+is not just exiting.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Final
 from metadata_server.connection import Connection, close_all, verify_pidfd
 from metadata_server.directory import Directory
 from metadata_server.errors import Refusal
+from metadata_server.exiting import is_exiting, note
 from metadata_server.requests import Credentials, Requests
 from vcache import limits, protocol
 from vcache.errors import ConfigError, RemoteProtocolError
@@ -124,10 +126,12 @@ class Sessions:
         self._remove_locks()
 
     def _may_live(self, session: int) -> bool:
-        """Whether a session's lock is held, not there, or cannot be asked about (no descriptors are left)."""
+        """Whether a session's lock is held, not there, or cannot be asked about (no descriptors are left); or
+        free because its process is just exiting.
+        """
         path = self._runtime.session_lock_path(session)
         try:
-            return not path.exists() or lock_holder(path) is not None
+            return not path.exists() or lock_holder(path) is not None or is_exiting(path)
         except ConfigError as error:
             log.warning(Line("a session's lock cannot be looked at", error=str(error)))
             return True
@@ -210,7 +214,10 @@ class Sessions:
             peer.mapped.discard(message.segment)
             self._unmapped(peer.session, message.segment)
         else:
+            peer.connection = None  # else it would be closed before it is answered
             self._end(peer.session)
+            self._send(connection, protocol.Ended())
+            self._close(connection)
 
     # -- life of a session
 
@@ -237,6 +244,7 @@ class Sessions:
         connection.session = hello.session
         self._pidfds[pidfd] = hello.session
         self.epoll.register(pidfd, select.EPOLLIN)
+        note(self._runtime.session_lock_path(hello.session), connection.pid)
         directory.rights.of(hello.session)
         replays = self._requests.sessions.get(hello.session)
         credentials = Credentials(secrets.token_bytes(limits.TOKEN_BYTES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from rich.console import Console
 
 from tests.cli_pool import environment, vcache
 from vcache import logs
-from vcache.cli import main, present
+from vcache.cli import bench, main, present
 from vcache.cli.command import COMMANDS
 from vcache.cli.top import Look, rates
 from vcache.protocol import Statistics
@@ -46,7 +48,7 @@ def test_each_command_has_help_with_the_common_options(
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nothing"], ["stats", "--nothing"], ["bench"], ["list", "--limit", "x"]]
+    "arguments", [[], ["nothing"], ["stats", "--nothing"], ["bench", "nothing"], ["list", "--limit", "x"]]
 )
 def test_wrong_arguments_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -114,6 +116,8 @@ def test_without_a_server_a_command_says_what_to_do(
         (["segment", "--size", "2MiB", "--numa", "99"], 5, "numa: got 99"),
         (["bench", "copy", "--chunks", "0"], 2, "--chunks: got 0"),
         (["bench", "copy", "--chunks", "100000"], 5, "MiB available"),
+        (["bench", "copy", "--device", "gpu7"], 2, "device: got 'gpu7'"),
+        (["bench", "copy", "--device", "cuda:9999"], 5, "CUDA_VISIBLE_DEVICES"),
         (["top", "--interval-s", "0"], 2, "--interval-s: got 0"),
         (["list", "--limit", "-1"], 2, "--limit: got -1"),
     ],
@@ -161,7 +165,69 @@ def test_whoever_stops_reading_is_no_error() -> None:
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
+@pytest.fixture
+def quick_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few rounds as there can be."""
+    monkeypatch.setitem(bench._DEFAULTS, "copy", {**bench._DEFAULTS["copy"], "rounds": 1, "chunks": 1})
+    monkeypatch.setitem(bench._DEFAULTS, "lookup", {"rounds": 1, "private": True})
+
+
+@pytest.mark.usefixtures("quick_bench")
+def test_bench_without_a_kind_measures_all(runtime_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--json", "--runtime-dir", str(runtime_dir)]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert list(said) == ["machine", "copy", "lookup"]
+    assert {row["name"] for row in said["copy"]["rows"]} >= {"gather", "scatter"}
+    assert "acquire + release" in {row["name"] for row in said["lookup"]["rows"]}
+
+
+@pytest.mark.usefixtures("quick_bench")
+def test_bench_of_one_kind_is_all_that_it_says(runtime_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "copy", "--json", "--runtime-dir", str(runtime_dir)]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert list(said) == ["machine", "device", "rows", "pairs"]
+    assert (said["device"], said["pairs"]) == ("shm:0", [])
+
+
 # -- how things are shown
+
+
+def test_counts_are_no_sizes(runtime_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--runtime-dir", str(runtime_dir)]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert "MiB" not in lines["server.extents_max"]
+    assert "(4 GiB)" in lines["server.pinned_bytes_max"]
+
+
+def shown_at(width: int) -> list[str]:
+    """A table on a terminal of that width."""
+    table = present.table("pool", "segment", ">size", "holder")
+    present.add_row(table, [1, "2 GiB", "4711 [bold]holder"])
+    present.add_row(table, [22, "512 MiB", "4712 engine"])
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(table)
+    return [line.rstrip() for line in console.export_text().splitlines() if line.strip()]
+
+
+def test_a_table_that_fits_is_a_table() -> None:
+    assert shown_at(60)[-1].split() == ["22", "512", "MiB", "4712", "engine"]
+
+
+def test_a_table_that_does_not_fit_is_a_line_for_each_cell() -> None:
+    assert shown_at(30) == [
+        "pool",
+        "  segment  1",
+        "  size     2 GiB",
+        "  holder   4711 [bold]holder",
+        "  segment  22",
+        "  size     512 MiB",
+        "  holder   4712 engine",
+    ]
+
+
+@pytest.mark.parametrize(("count", "shown"), [(0, "0 warnings"), (1, "1 warning"), (2, "2 warnings")])
+def test_what_is_counted_is_in_the_right_number(count: int, shown: str) -> None:
+    assert present.counted(count, "warning") == shown
 
 
 @pytest.mark.parametrize(

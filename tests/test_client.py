@@ -329,3 +329,9 @@ def test_stopped_server_keeps_what_a_lost_reply_granted_for_a_moment_only(pool: 
             with pytest.raises(Unavailable):
                 client.reserve_blank(call + 1, layout=LAYOUT, size=SIZE)
     until(lambda: answers(client) and held(client) == (0, 0), "the server took back what nobody heard of")
+
+
+def test_a_client_that_was_closed_leaves_no_lock_behind(pool: Pool) -> None:
+    """Also to a server that ends at once: the answer to Bye says that the session is over."""
+    pool.client(lends=MIB).close()
+    assert list((pool.path / "sessions").iterdir()) == []

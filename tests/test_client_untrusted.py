@@ -90,7 +90,9 @@ class Liar:
         if self._hello is not None:
             session.send(self._hello)
         else:
-            welcome = protocol.Welcome(1, 7, self.table.lineage, b"t" * 16, self.greetings > 0, os.getpid())
+            welcome = protocol.Welcome(
+                protocol.PROTOCOL_VERSION, 7, self.table.lineage, b"t" * 16, self.greetings > 0, os.getpid()
+            )
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self.table.fd]))]
             session.sendmsg([protocol.encode(welcome)], ancillary)
         self.greetings += 1
@@ -225,7 +227,7 @@ def test_stale_request_is_a_miss(pool: Pool, liar: Liar, code: str) -> None:
     [
         b"not a message",
         protocol.encode(protocol.Refused(0, ErrorCode.FOREIGN, "go away")),
-        protocol.encode(protocol.Welcome(1, 1, 1, b"t" * 16, True, 1)),
+        protocol.encode(protocol.Welcome(protocol.PROTOCOL_VERSION, 1, 1, b"t" * 16, True, 1)),
         b"x" * 60_000,
     ],
 )

@@ -517,3 +517,17 @@ def test_an_engines_own_keys_are_bound_to_model_rank_tenant_and_adapter(
             assert other.retrieve_pages(keys, kvcaches=[torch.zeros(2, 2, 4, 1, 8)], pages=[0]) == 0
             assert other.contains(keys[0]) is Location.NOWHERE
             assert other.store_pages(keys, kvcaches=pages, pages=[0]) == 1
+
+
+def test_memory_that_a_device_cannot_reach_is_a_miss(engine: VCacheEngine) -> None:
+    """As when an engine on a GPU is granted chunks of a segment in plain shared memory."""
+    store(engine, 70, CHUNK)
+    pool = engine._retrieve._pool
+    grant = pool.acquire(KEYS.keys(prompt(70, CHUNK), CHUNK))
+    assert grant is not None
+    before = counted(engine, "failed_other_memory")[0]
+    for kind, reached in (("cuda", False), ("cpu", True), (None, True)):
+        with pool.borrowed(grant.extents, [LAYOUT.chunk_bytes], grant.lineage, kind) as (view,):
+            assert (view is not None) == reached
+    assert counted(engine, "failed_other_memory") == [before + 1]
+    pool.release(grant)

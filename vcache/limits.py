@@ -212,6 +212,9 @@ SEGMENT_RETRY_S: Final = 1.0
 CLOSE_WAIT_S: Final = 2.0
 """How long `Client.close` waits for running copies and for importers, who have a second to let go."""
 
+BYE_WAIT_S: Final = 0.5
+"""How long an ending client waits to hear that its session is over: then its lock need not stay behind."""
+
 TTL_MS_MAX: Final = 10 * 365 * 86_400_000
 """A chunk's time to live: ten years; the extent table counts seconds since the boot in 32 bits."""
 

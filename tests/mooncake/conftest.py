@@ -1,4 +1,4 @@
-"""These tests run when they are asked for, `pytest tests/mooncake`: they need the wheel and Debian packages."""
+"""These tests run when they are asked for, `pytest tests/mooncake`: they need the wheel."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class _Child:
         self.kept: dict[str, Any] = {}
 
     def open_engine(self, *, pages: bool = False, large: bool = False, **config: Any) -> None:
-        """An engine on the test layout, in its tokens form (large: with large chunks) or in its pages form."""
+        """An engine on the test layout, in its tokens form (large: of large chunks) or in its pages form."""
         from tests.processes.content import AXES, LARGE_LAYOUT, LAYOUT, PAGES_AXES, PAGES_LAYOUT
         from vcache import VCacheEngine
 
@@ -214,7 +214,9 @@ class Worker:
         stopped.
         """
         if GPUS:
-            return device_of(device) in self.call("mapped_devices")
+            from vcache.segment import device_label
+
+            return device_label(device_of(device)) in self.call("mapped_devices")
         links = [os.path.realpath(fd) for fd in Path(f"/proc/{self.pid}/fd").iterdir()]
         return f"memfd:vcache-{device} " in Path(f"/proc/{self.pid}/maps").read_text() + "\n".join(links)
 

@@ -188,6 +188,7 @@ class RawPeer:
         """End the session in order."""
         try:
             self.connection.send(protocol.Bye())
+            self.connection.receive(protocol.Ended)
             assert self.connection.hung_up()
         finally:
             self.connection.close()

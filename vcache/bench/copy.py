@@ -1,4 +1,4 @@
-"""How near gather and scatter in host memory come to memcpy: `python -m vcache.bench.copy`."""
+"""How near gather and scatter come to memcpy, in host memory or on a GPU: `python -m vcache.bench.copy`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import gc
 import mmap
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,8 +18,9 @@ import msgspec
 import torch
 from torch import Tensor
 
+from vcache.bench.clock import seconds_on
 from vcache.errors import ArgumentError
-from vcache.kernels import PagedKV, gather_tokens, scatter_tokens
+from vcache.kernels import PagedKV, gather_tokens, prepare, scatter_tokens
 from vcache.kernels.threads import spread
 from vcache.layout import KVLayout
 
@@ -38,8 +38,8 @@ AXES: Final = {"NHD": "kpshd", "NHD, K/V second": "pkshd", "HND": "kphsd", "K‖
 class CopyRow(msgspec.Struct, frozen=True, kw_only=True):
     """One line of the result: medians over the rounds of one run.
 
-    ratio: median of the rounds' ratios to a memcpy of the same bytes, by as many threads, in the same round
-        and between the same kinds of memory; above 1 is faster than memcpy.
+    threads: 0 on a GPU. ratio: median of the rounds' ratios to a memcpy of the same bytes, by as many
+        threads, in the same round and between the same kinds of memory; above 1 is faster than memcpy.
     """
 
     name: str
@@ -60,8 +60,15 @@ def shared_memory(size: int) -> Tensor:
     return tensor
 
 
+def _gpu_memory(size: int, device: torch.device) -> Tensor:
+    return torch.ones(size, dtype=torch.uint8, device=device)
+
+
 def memcpy(target: Tensor, source: Tensor, threads: int) -> None:
-    """Copy bytes by libc's memcpy, one equal piece per thread."""
+    """Copy bytes by libc's memcpy, one equal piece per thread; on a GPU by cudaMemcpyAsync."""
+    if target.is_cuda:
+        target.copy_(source, non_blocking=True)
+        return
     piece = -(-len(source) // threads)
 
     def task(index: int) -> None:
@@ -91,6 +98,7 @@ class _Bench:
     count: int
     axes: str
     page_tokens: int
+    device: torch.device
     segment: Tensor = field(init=False)
     flat: Tensor = field(init=False)
     chunks: list[Tensor] = field(init=False)
@@ -98,11 +106,14 @@ class _Bench:
 
     def __post_init__(self) -> None:
         size = self.layout.chunk_bytes
-        self.segment = shared_memory(size * self.count)
+        on_gpu = self.device.type == "cuda"
+        length = size * self.count
+        self.segment = _gpu_memory(length, self.device) if on_gpu else shared_memory(length)
         self.flat = torch.ones_like(self.segment)
         self.chunks = [self.segment[at : at + size] for at in range(0, len(self.segment), size)]
         tensors = [self._layer() for _ in range(self.layout.num_layers)]
         self.paged = PagedKV.from_tensors(tensors, self.axes, self.layout)
+        prepare(self.paged)
 
     def _layer(self) -> Tensor:
         layout = self.layout
@@ -118,7 +129,7 @@ class _Bench:
             shape = [sizes[axis] for axis in self.axes[:-4]] + [sizes["k"] * sizes["d"]]
         else:
             shape = [sizes[axis] for axis in self.axes]
-        return torch.ones(shape, dtype=getattr(torch, layout.dtype))
+        return torch.ones(shape, dtype=getattr(torch, layout.dtype), device=self.device)
 
 
 @contextmanager
@@ -140,14 +151,16 @@ def measure(
     axes: str = "kpshd",
     page_tokens: int = 16,
     rounds: int = 9,
+    device: str = "cpu",
 ) -> list[CopyRow]:
     """Time gather and scatter of `chunks` chunks in each order beside memcpy in both directions, interleaved.
 
-    `threads` 0 takes torch's number. Takes four times the chunks' bytes of memory. Raises ArgumentError for
-    an order that there is not.
+    `threads` 0 takes torch's number. device: "cpu" or a GPU ("cuda:0"), whose own time is taken then. Takes
+    four times the chunks' bytes of its memory. Raises ArgumentError for an order that there is not.
     """
-    threads = threads or torch.get_num_threads()
-    bench = _Bench(layout, chunks, axes, page_tokens)
+    on = torch.device(device)
+    threads = 0 if on.type == "cuda" else threads or torch.get_num_threads()
+    bench = _Bench(layout, chunks, axes, page_tokens, on)
     subjects: dict[tuple[str, str], Callable[[], None]] = {
         (TO_SEGMENT, ""): partial(memcpy, bench.segment, bench.flat, threads),
         (FROM_SEGMENT, ""): partial(memcpy, bench.flat, bench.segment, threads),
@@ -157,8 +170,8 @@ def measure(
         slots = slots_of(order, bench.paged.num_pages, page_tokens, tokens)
         subjects["gather", order] = partial(gather_tokens, bench.paged, slots, bench.chunks)
         subjects["scatter", order] = partial(scatter_tokens, bench.paged, slots, bench.chunks)
-    with _threads(threads):
-        times = _interleaved(subjects, rounds)
+    with _threads(threads or torch.get_num_threads()):
+        times = _interleaved(subjects, rounds, on)
     size, rows = layout.chunk_bytes * chunks, []
     for (name, shown_order), seconds in times.items():
         base = FROM_SEGMENT if name in ("scatter", FROM_SEGMENT) else TO_SEGMENT
@@ -180,17 +193,16 @@ def measure(
 
 
 def _interleaved(
-    subjects: dict[tuple[str, str], Callable[[], None]], rounds: int
+    subjects: dict[tuple[str, str], Callable[[], None]], rounds: int, device: torch.device
 ) -> dict[tuple[str, str], list[float]]:
     """Seconds per round of each subject, all subjects in every round, after one round that does not count."""
     times: dict[tuple[str, str], list[float]] = {name: [] for name in subjects}
     gc.collect()
     for number in range(rounds + 1):
         for name, subject in subjects.items():
-            begin = time.perf_counter()
-            subject()
+            seconds = seconds_on(device, subject)
             if number:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(seconds)
     return times
 
 
@@ -204,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--axes", default="kpshd", help="one of " + ", ".join(f"{a} ({n})" for n, a in AXES.items())
     )
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda:N")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args(arguments)
     rows = measure(
@@ -212,6 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         axes=asked.axes,
         page_tokens=asked.page_tokens,
         rounds=asked.rounds,
+        device=asked.device,
     )
     if asked.json:
         sys.stdout.write(msgspec.json.encode(rows).decode() + "\n")

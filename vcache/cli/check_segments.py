@@ -12,7 +12,7 @@ from vcache.cli.peer import COMPARED_BYTES, Peer, Probed, is_pattern, pattern
 from vcache.config import Config
 from vcache.errors import SegmentError
 from vcache.limits import MIB
-from vcache.segment import DATA_OFFSET, Segment, allocate
+from vcache.segment import DATA_OFFSET, Segment, allocate, decode_descriptor
 
 _SHM_BYTES: Final = 64 * MIB
 _CUDA_BYTES: Final = 258 * MIB
@@ -25,6 +25,7 @@ class Pair:
     """One GPU's memory opened by a process on another. error: empty if the bytes were right both ways.
 
     gbytes_per_s: read by that process; written_gbytes_per_s: written by it. opened_ms: for opening it.
+    way: how the memory is shared.
     """
 
     holder: str
@@ -34,6 +35,7 @@ class Pair:
     gbytes_per_s: float
     written_gbytes_per_s: float = 0.0
     opened_ms: float = 0.0
+    way: str = ""
 
 
 def check_shared_memory(config: Config) -> Iterator[Finding]:
@@ -83,11 +85,11 @@ def exchange(
 
 
 def check_gpus(config: Config) -> Iterator[Finding]:
-    """Each GPU exported by CUDA IPC and read by a process on every GPU; skipped where there is none."""
-    from vcache.segment.gpu import cuda_runtime, device_count, gpu_uuid
+    """Each GPU's memory opened by a process on every GPU; skipped where there is none."""
+    from vcache.segment.gpu import device_count, gpu_uuid
 
     try:
-        runtime = cuda_runtime()
+        count = device_count()
     except SegmentError as error:
         is_wanted = config.device.startswith("cuda")
         advice = f"device is {config.device}: mend this, or set device to shm:0" if is_wanted else ""
@@ -95,9 +97,12 @@ def check_gpus(config: Config) -> Iterator[Finding]:
             check="GPU", verdict="failed" if is_wanted else "skipped", found=str(error), advice=advice
         )
         return
-    count = device_count()
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SegmentError(f"torch {torch.__version__} sees no GPU: install a build that fits the driver")
     for ordinal in range(count):
-        name = bytes(runtime.getDeviceProperties(ordinal)["name"]).rstrip(b"\0").decode()
+        name = torch.cuda.get_device_name(ordinal)
         yield Finding(
             check=f"cuda:{ordinal}",
             verdict="ok",
@@ -109,9 +114,8 @@ def check_gpus(config: Config) -> Iterator[Finding]:
 
 def measured_pairs(count: int) -> Iterator[Pair]:
     """Every pair of the first `count` GPUs, one with itself (two processes on it) included."""
-    from vcache.segment.gpu import cuda_runtime
+    import torch
 
-    runtime = cuda_runtime()
     with Peer() as peer:
         for holder in range(count):
             try:
@@ -121,7 +125,7 @@ def measured_pairs(count: int) -> Iterator[Pair]:
                 continue
             with segment:
                 for reader in range(count):
-                    access = holder == reader or bool(runtime.deviceCanAccessPeer(reader, holder))
+                    access = holder == reader or torch.cuda.can_device_access_peer(reader, holder)
                     seed = 1 + 2 * (holder * count + reader)
                     probed = exchange(peer, segment, own_device=f"cuda:{reader}", seed=seed)
                     yield Pair(
@@ -132,6 +136,7 @@ def measured_pairs(count: int) -> Iterator[Pair]:
                         probed.gbytes_per_s,
                         probed.written_gbytes_per_s,
                         probed.opened_ms,
+                        way_of(segment),
                     )
 
 
@@ -144,7 +149,7 @@ def judge(pairs: list[Pair]) -> Iterator[Finding]:
                 check="GPU memory",
                 verdict="failed",
                 found=f"{pair.holder} read from {pair.reader}: {pair.error}",
-                advice="see `nvidia-smi topo -p2p r`; MIG has no IPC; containers may need --ipc=host",
+                advice="see `nvidia-smi topo -p2p r`; containers may need --ipc=host",
             )
     blind = [f"{pair.holder} from {pair.reader}" for pair in pairs if not pair.peer_access and not pair.error]
     if blind:
@@ -161,11 +166,23 @@ def judge(pairs: list[Pair]) -> Iterator[Finding]:
         yield Finding(
             check="GPU memory",
             verdict="ok",
-            found=f"exported, and opened by a second process: {len(good)} of {len(pairs)} pairs; "
+            found=f"exported{_by(good)}, and opened by a second process: {len(good)} of {len(pairs)} pairs; "
             f"read at {min(read):.0f} to {max(read):.0f} GB/s, written at {min(written):.0f} to "
             f"{max(written):.0f} GB/s, opened in {max(pair.opened_ms for pair in good):.0f} ms at most",
             facts=facts,
         )
+
+
+def _by(pairs: list[Pair]) -> str:
+    ways = sorted({pair.way for pair in pairs if pair.way})
+    return f" by {' and '.join(ways)}" if ways else ""
+
+
+def way_of(segment: Segment) -> str:
+    """How a GPU's segment gets to other processes, for people."""
+    from vcache.segment.cuda_errors import Way
+
+    return Way(decode_descriptor(segment.descriptor()[0]).kind).title
 
 
 def pair_table(pairs: list[dict[str, object]]) -> object:

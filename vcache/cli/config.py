@@ -25,19 +25,20 @@ def run(invocation: Invocation) -> int:
     table = present.table("", "field", "value", "origin")
     for row in rows:
         style = "dim" if row.origin == "default" else None
-        present.add_row(table, [row.name, _shown(row.value), row.origin], style)
+        present.add_row(table, [row.name, _shown(row.name, row.value), row.origin], style)
     console = present.console()
     console.print(table)
     console.print(present.text(f"runtime directory: {runtime_dir}"))
     return Exit.OK
 
 
-def _shown(value: bool | int | float | str | None) -> str:
+def _shown(name: str, value: bool | int | float | str | None) -> str:
     """As it would be written in a file; sizes that nobody reads in bytes in larger units too."""
+    is_size = name.endswith("size") or "bytes" in name  # others are counts
     if value is None:
         return "none"
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, int) and value >= 1 << 20:
+    if isinstance(value, int) and value >= 1 << 20 and is_size:
         return f"{value} ({present.size(value)})"
     return str(value)

@@ -2,6 +2,8 @@
 
 Really tests: a session with the server, room in memory and in the runtime directory, a segment that a second
 process maps, and on GPUs every pair. Leaves nothing behind.
+
+With --vllm it says instead which gpu_memory_utilization vLLM can be given beside the holders.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from vcache.cli.exits import Exit
 from vcache.cli.findings import MARKS, Check, Finding, findings_of
 from vcache.cli.invocation import Invocation
 from vcache.config import Config
+from vcache.errors import ArgumentError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,15 +32,32 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="where no server runs, start one for the test and end it afterwards",
     )
+    parser.add_argument(
+        "--vllm",
+        action="store_true",
+        help="only say which gpu_memory_utilization fits beside the holders, for each GPU",
+    )
+    parser.add_argument(
+        "--segment-gib",
+        type=float,
+        default=0.0,
+        metavar="N",
+        help="with --vllm: a holder of N GiB is still to be started on each GPU",
+    )
 
 
 def run(invocation: Invocation) -> int:
     """Run every check, print what it found at once, and judge."""
-    config = invocation.observing()
+    config, options = invocation.observing(), invocation.options
+    if not 0 <= options.segment_gib < float("inf"):
+        raise ArgumentError("--segment-gib", options.segment_gib, "a number of GiB of 0 or more")
+    if options.segment_gib and not options.vllm:
+        raise ArgumentError("--segment-gib", options.segment_gib, "--vllm beside it")
     found: list[Finding] = []
     show = _shown_to_people(present.console()) if not invocation.as_json else lambda _: None
     with check_machine.nothing_left_behind(config):
-        for finding in _examine(config, is_to_start=invocation.options.start):
+        checks = _vllm(config, options.segment_gib) if options.vllm else _examine(config, options.start)
+        for finding in checks:
             found.append(finding)
             show(finding)
     code = _exit(found)
@@ -48,7 +68,7 @@ def run(invocation: Invocation) -> int:
     return code
 
 
-def _examine(config: Config, *, is_to_start: bool) -> Iterator[Finding]:
+def _examine(config: Config, is_to_start: bool) -> Iterator[Finding]:
     """What all checks find, one after the other."""
     yield from findings_of("kernel", check_machine.check_kernel)
     yield from findings_of("runtime directory", lambda: check_machine.check_runtime_dir(config))
@@ -56,6 +76,13 @@ def _examine(config: Config, *, is_to_start: bool) -> Iterator[Finding]:
     yield from findings_of("memory", lambda: check_machine.check_memory(config))
     for name, check in _segment_checks(config):
         yield from findings_of(name, check)
+
+
+def _vllm(config: Config, segment_gib: float) -> Iterator[Finding]:
+    """What is asked by --vllm, and nothing else."""
+    from vcache.cli import check_vllm
+
+    yield from findings_of("vLLM", lambda: check_vllm.check_vllm(config, segment_gib))
 
 
 def _server(config: Config, *, is_to_start: bool) -> Iterator[Finding]:
@@ -106,4 +133,5 @@ def _print_end(console: Console, found: list[Finding]) -> None:
             console.print(pair_table(pairs))
     failed = sum(each.verdict == "failed" for each in found)
     warned = sum(each.verdict == "warning" for each in found)
-    console.print(present.text(f"{failed} failed, {warned} warnings, {len(found)} findings"))
+    counted = present.counted(warned, "warning"), present.counted(len(found), "finding")
+    console.print(present.text(f"{failed} failed, {', '.join(counted)}"))

@@ -42,6 +42,6 @@ def findings_of(name: str, check: Check) -> Iterator[Finding]:
     """What a check yields; a check that raises has failed with those words, and the next one goes on."""
     try:
         yield from check()
-    except (VCacheError, OSError, ImportError) as error:
+    except (VCacheError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: torch's, on a GPU
         words = " ".join(str(error).split()) or type(error).__name__
         yield Finding(check=name, verdict="failed", found=words, no_server=isinstance(error, Unavailable))

@@ -48,7 +48,7 @@ def segments(statistics: Statistics) -> Table:
             made,
             [
                 row.segment,
-                row.device,
+                short_label(row.device),
                 row.rank,
                 present.size(row.size),
                 present.bar(row.committed_bytes, row.size),
@@ -62,6 +62,12 @@ def segments(statistics: Statistics) -> Table:
             "none: nothing can be stored; lend one with `vcache segment --device shm:0 --size 2GiB`"
         )
     return made
+
+
+def short_label(device: str) -> str:
+    """A device's label for a column: of a GPU's UUID the first digits, which people compare; shm as it is."""
+    kind, _, uuid = device.partition(":")
+    return f"{kind}:{uuid[: len('GPU-01234567')]}" if kind == "cuda" else device
 
 
 def _holder(row: SegmentRow, session: SessionRow | None) -> str:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
     from rich.text import Text
 
 _WIDTH_OF_PIPES: Final = 160
 """Columns where nobody says how many there are: a table that is piped to grep must not be wrapped at 80."""
+
+_WIDTH_WANTED: Final = 10_000
+"""Columns so many that no table is narrowed: for how wide it would like to be."""
 
 _BAR: Final = 12
 
@@ -30,16 +34,51 @@ def console(*, errors: bool = False) -> Console:
 
 
 def table(title: str, *columns: str) -> Table:
-    """An empty table; columns that begin with ">" are right-justified."""
-    from rich import box
-    from rich.table import Table
+    """An empty table; columns that begin with ">" are right-justified.
 
-    made = Table(
+    Where the terminal is too narrow for it, its rows are printed one below the other, a line for each cell.
+    """
+    from rich import box
+
+    made = _table_class()(
         title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
     )
     for column in columns:
         made.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left")
     return made
+
+
+@cache
+def _table_class() -> type[Table]:
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    class FittingTable(Table):
+        def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+            as_wide_as_it_is = options.update_width(_WIDTH_WANTED)
+            if Measurement.get(console, as_wide_as_it_is, self).maximum <= options.max_width:
+                yield from super().__rich_console__(console, options)
+            else:
+                yield _records(self)
+
+    return FittingTable
+
+
+def _records(table: Table) -> Text:
+    """The rows one below the other."""
+    from rich.text import Text
+
+    names = [str(column.header) for column in table.columns]
+    width = max(map(len, names), default=0)
+    title = [Text(str(table.title), "bold")] if table.title else []
+    blocks = [
+        Text("\n").join(
+            Text(f"  {name:{width}}  ").append_text(text(cell)) for name, cell in zip(names, row, strict=True)
+        )
+        for row in zip(*(column.cells for column in table.columns), strict=True)
+    ]
+    end = [Text(str(table.caption))] if table.caption else []
+    return Text("\n").join([*title, Text("\n\n").join(blocks), *end])
 
 
 def add_row(to: Table, cells: Iterable[object], style: str | None = None) -> None:
@@ -71,6 +110,11 @@ def size(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.4g} {unit}"
         count /= 1024
     return f"{count:.4g} TiB"
+
+
+def counted(count: int, what: str) -> str:
+    """A number of things: "1 warning", "2 warnings"."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def share(part: float, whole: float) -> str:

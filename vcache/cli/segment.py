@@ -80,12 +80,18 @@ class _Holder:
         self._told = threading.Event()
 
     def allocate_first(self) -> None:
-        """Before anybody is asked for anything, so that what does not fit is an error here and now."""
+        """Before anybody is asked for anything, so that what does not fit is an error here and now.
+
+        Says what takes so long: shared memory is written to once, page by page, before it is lent.
+        """
+        device, size = self._config.device, present.size(self._size)
         console = present.console(errors=True)
+        what = "allocating and populating" if device.startswith("shm") else "allocating"
         if console.is_terminal:
-            with console.status(f"allocating {present.size(self._size)} on {self._config.device} …"):
+            with console.status(f"{what} {size} on {device} (some seconds for every 10 GiB) …"):
                 self._first = self._allocate()
         else:
+            _log.info(Line(what, device=device, size=size))
             self._first = self._allocate()
 
     def end(self) -> None:

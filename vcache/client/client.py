@@ -117,6 +117,15 @@ class Client(Reading, Writing):
         self._breaker.check_usable()
         return self._segments.get(number, lineage, self._connect_timeout_s)
 
+    def map_segments(self) -> int:
+        """Map all segments of the pool now, and not at their first use, which then takes long; how many are.
+
+        Raises Unavailable, ServerError.
+        """
+        lineage = self._requests.connection().lineage
+        rows = self.stats().segments
+        return sum(self.segment(row.segment, lineage) is not None for row in rows if row.held)
+
     # -- for people and programs
 
     def ping(self) -> float:

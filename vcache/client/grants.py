@@ -11,7 +11,7 @@ import numpy as np
 
 from vcache.client.channel import Connection
 from vcache.client.ledger import Handle
-from vcache.errors import ArgumentError, RemoteProtocolError
+from vcache.errors import ArgumentError, RemoteProtocolError, Unavailable
 from vcache.limits import KEY_BYTES
 from vcache.protocol import EXTENT, Acquire, Acquired, Extents, Reserve, Reserved, pack_handles
 from vcache.table import TableReader
@@ -85,6 +85,15 @@ def read_acquired(
         )
     deadline_s = float("inf") if request.pin else started_s + reply.lease_ms / 1e3
     return Grant(rid, extents, flags, deadline_s, connection.lineage, connection.table)
+
+
+def adopted(extents: bytes, lineage: int, connection: Connection) -> Grant:
+    """A grant that another session was given, to be read and never released here. Raises Unavailable,
+    RemoteProtocolError.
+    """
+    if connection.lineage != lineage:
+        raise Unavailable("the chunks were granted by a metadata server whose pool is gone")
+    return Grant(0, _read_extents(extents, connection), None, float("inf"), lineage, connection.table)
 
 
 def handles_of(extents: Extents, argument: str = "extents") -> list[Handle]:

@@ -57,9 +57,9 @@ class Lent:
         memory.
         """
         if self._segment is not None:
-            if self._segment.device.startswith("cuda"):
-                # To free it while an importer has it open is undefined, and its importers are another
-                # server's.
+            if self._segment.importers_first:
+                # Nobody can tell when its importers let go of it: it was another server that knew them, and
+                # to the one of now its number means nothing. So it is freed by our exit.
                 self._kept.append(self._segment)
             else:
                 self._segment.close()
@@ -160,14 +160,12 @@ class Lent:
             self.detached = True
 
     def close(self) -> None:
-        """Free the memory, if no importer can have it mapped; GPU memory that one may have is left to our
-        exit.
-        """
+        """Free the memory; leave it to our exit if importers, who may have it still, must let go first."""
         if self._making is not None:
             self._making.add_done_callback(_close_unused)
         if self._segment is None:
             return
-        if self.detached or not self._segment.device.startswith("cuda"):
+        if self.detached or not self._segment.importers_first:
             self._segment.close(wait_s=CLOSE_WAIT_S)
         self.number = 0
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from vcache.client.grants import Grant, handles_of, pack, read_acquired
+from vcache.client.grants import Grant, adopted, handles_of, pack, read_acquired
 from vcache.client.requests import CONNECTION_LOST, Requests, checked_layout, packed_keys
 from vcache.client.segments import Segments
 from vcache.errors import RemoteProtocolError, Unavailable
@@ -61,6 +61,16 @@ class Reading:
             self._requests.malformed(error)
         finally:
             self._requests.ledger.finish(rid)
+
+    def adopt(self, extents: bytes, lineage: int) -> Grant:
+        """A grant that another process of this machine was given and holds: to read under it and ask the
+        fence.
+
+        extents: packed EXTENT records, as they were granted. Nothing is asked or held here; do not release
+        it. Raises Unavailable if there is no connection to the server that granted it, RemoteProtocolError
+        for impossible extents.
+        """
+        return adopted(extents, lineage, self._requests.connection())
 
     def intact(self, grant: Grant) -> bool:
         """Whether what was read under this grant is what was stored. **Call it when the copy has really

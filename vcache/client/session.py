@@ -7,6 +7,7 @@ has answered a declaration.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -31,6 +32,7 @@ from vcache.config import Config
 from vcache.errors import ConfigError, RemoteProtocolError, Unavailable
 from vcache.limits import (
     AUTOSTART_PATIENCE_S,
+    BYE_WAIT_S,
     CLOSE_WAIT_S,
     RECONNECT_PAUSE_MAX_S,
     RECONNECT_PAUSE_MIN_S,
@@ -89,6 +91,7 @@ class Session:
         self._logged = ""
         self._absent_since_s = math.inf
         self._stop_at_s: float | None = None
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name=f"vcache-session-{name}", daemon=True)
 
     # -- for other threads
@@ -298,9 +301,15 @@ class Session:
     def _say_goodbye(self, wire: Wire) -> None:
         if self.segments.retiring:
             _log.warning("%s: copies still run at close; the session ends with this process", self._name)
-        else:
-            wire.post(Bye())
-        wire.flush()
+            wire.flush()
+            return
+        wire.post(Bye())
+        until_s = time.monotonic() + BYE_WAIT_S
+        with contextlib.suppress(Unavailable):  # it stopped meanwhile: its successor finds us dead
+            while not self._ended and (left_s := until_s - time.monotonic()) > 0:
+                wire.flush()
+                self._poll(wire, None, left_s)
+                self._ended = wire.ended()
 
     # -- waiting, failing, ending
 
@@ -349,7 +358,8 @@ class Session:
         self.lent.close()
         self.segments.enter(0)
         if not self.segments.retiring:  # else the session goes on until this process ends
-            self._lock.release()  # the server removes it: without one it could not tell that we are gone
+            # Whoever has not heard our Bye needs the lock, to tell that we are gone, and removes it then.
+            self._lock.release(remove=self._ended)
         self._context.term()
         with self._wake_guard:
             os.close(self._wake_fd)

@@ -13,7 +13,16 @@ from pathlib import Path
 
 from vcache.errors import RemoteProtocolError, Unavailable
 from vcache.limits import SESSION_PACKET_BYTES_MAX
-from vcache.protocol import FromClient, FromServer, Hello, Refused, Welcome, decode_from_server, encode
+from vcache.protocol import (
+    Ended,
+    FromClient,
+    FromServer,
+    Hello,
+    Refused,
+    Welcome,
+    decode_from_server,
+    encode,
+)
 
 Received = tuple[FromServer, list[int]]
 """A message, and the descriptors that came with it: the receiver's to close."""
@@ -128,6 +137,14 @@ class Wire:
                 close_all(descriptors)
             raise
         return arrived
+
+    def ended(self) -> bool:
+        """Whether the server has answered `Bye`; what arrived before is dropped. Raises as `receive`."""
+        while (received := self._receive_one()) is not None:
+            close_all(received[1])
+            if isinstance(received[0], Ended):
+                return True
+        return False
 
     def _receive_one(self) -> Received | None:
         try:

@@ -18,7 +18,7 @@ from vcache.keys import namespace
 from vcache.layout import KVLayout
 from vcache.limits import HOLDER_SEARCH_INTERVAL_S, LABEL_BYTES_MAX
 from vcache.protocol import Extents, SegmentRow
-from vcache.segment import SegmentMemory
+from vcache.segment import SegmentMemory, device_label
 
 Answer = TypeVar("Answer")
 
@@ -34,6 +34,7 @@ class Pool:
         self._model = model
         self._namespace = namespace(model)
         self._device = device
+        self._label = ""
         self._holder = 0
         self._holder_known_until_s = 0.0
         self._described_to = 0
@@ -138,10 +139,13 @@ class Pool:
     # -- memory
 
     @contextmanager
-    def borrowed(self, extents: Extents, sizes: Sequence[int], lineage: int) -> Iterator[list[Tensor | None]]:
+    def borrowed(
+        self, extents: Extents, sizes: Sequence[int], lineage: int, kind: str | None = None
+    ) -> Iterator[list[Tensor | None]]:
         """The first `sizes[i]` bytes of each extent, uint8, while the block runs; None where out of reach.
 
-        Take no view out of the block: its memory may be unmapped then.
+        kind: of the device that is to reach it ("cpu", "cuda"); None for any. Take no view out of the block:
+        its memory may be unmapped then.
         """
         views: list[Tensor | None] = []
         with ExitStack() as borrows:
@@ -151,7 +155,7 @@ class Pool:
             }
             places = zip(extents["segment"].tolist(), extents["offset"].tolist(), sizes, strict=True)
             for number, offset, size in places:
-                views.append(self._view(segments[number], offset, size))
+                views.append(self._view(segments[number], offset, size, kind))
             try:
                 yield views
             finally:
@@ -166,11 +170,16 @@ class Pool:
         borrows.enter_context(borrow)
         return segment
 
-    def _view(self, segment: SegmentMemory | None, offset: int, size: int) -> Tensor | None:
+    def _view(self, segment: SegmentMemory | None, offset: int, size: int, kind: str | None) -> Tensor | None:
         if segment is None:
             return None
         try:
-            return segment.view(offset, size)
+            view = segment.view(offset, size)
+            if kind in (None, view.device.type):
+                return view
+            self._counters.failed(
+                Cause.OTHER_MEMORY, "a segment is of memory that copies cannot reach", got=segment.device
+            )
         except RemoteProtocolError as error:
             self._counters.failed(Cause.MALFORMED, error)
         except SegmentError as error:
@@ -197,15 +206,25 @@ class Pool:
         if own or now < self._holder_known_until_s:
             return own or self._holder
         self._holder_known_until_s = now + HOLDER_SEARCH_INTERVAL_S
-        stats = self._ask(self._client.stats, None)
-        self._holder = 0 if stats is None else _roomiest(stats.segments, self._device)
+        label = self._known_label()
+        stats = self._ask(self._client.stats, None) if label else None
+        self._holder = 0 if stats is None else _roomiest(stats.segments, label)
         return self._holder
+
+    def _known_label(self) -> str:
+        """What other processes call our device; empty while that cannot be found out."""
+        if not self._label:
+            try:
+                self._label = device_label(self._device)
+            except SegmentError as error:
+                self._counters.failed(Cause.DEAD_HOLDER, error)
+        return self._label
 
 
 def _cut(label: str) -> str:
     return label.encode()[:LABEL_BYTES_MAX].decode(errors="ignore")
 
 
-def _roomiest(rows: Sequence[SegmentRow], device: str) -> int:
-    ours = [row for row in rows if row.device == device and row.held]
+def _roomiest(rows: Sequence[SegmentRow], label: str) -> int:
+    ours = [row for row in rows if row.device == label and row.held]
     return max(ours, key=lambda row: row.free_bytes).segment if ours else 0

@@ -106,7 +106,8 @@ class Retrieve:
         if fitting < len(lengths):
             got, wanted = lengths[fitting], transfer.sizes[fitting]
             self._counters.failed(Cause.MALFORMED, "a chunk has a wrong length", got=got, wanted=wanted)
-        with self._pool.borrowed(grant.extents[:fitting], lengths[:fitting], grant.lineage) as views:
+        kind = transfer.paged.device.type
+        with self._pool.borrowed(grant.extents[:fitting], lengths[:fitting], grant.lineage, kind) as views:
             chunks = _leading(views)
             views.clear()
             try:
@@ -190,7 +191,8 @@ class _FromTiers:
         found: list[Found] = []
         lent: list[int] = []
         try:
-            with self._pool.borrowed(extents, sizes, reservation.lineage) as views:
+            kind = transfer.paged.device.type
+            with self._pool.borrowed(extents, sizes, reservation.lineage, kind) as views:
                 extent_of = {at: extent for extent, at in enumerate(missing[: len(views)])}
                 places = [self._place(transfer, at, views, extent_of.get(at)) for at in range(len(transfer))]
                 found, late = self._scatter(transfer, places)

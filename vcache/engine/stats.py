@@ -52,6 +52,7 @@ class Cause(Enum):
     FULL_POOL = "failed_full_pool"
     STALE = "failed_stale"
     DEAD_HOLDER = "failed_dead_holder"
+    OTHER_MEMORY = "failed_other_memory"
     FENCE_BROKEN = "failed_fence_broken"
     TIER = "failed_tier"
     TIER_QUEUE_FULL = "failed_tier_queue_full"

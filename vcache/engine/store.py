@@ -55,7 +55,9 @@ class Store:
         """Fill the extents that are within reach and give the others back; the positions of those filled."""
         extents = reservation.extents
         try:
-            with self._pool.borrowed(extents, transfer.sizes, reservation.lineage) as views:
+            with self._pool.borrowed(
+                extents, transfer.sizes, reservation.lineage, transfer.paged.device.type
+            ) as views:
                 written = [at for at, view in enumerate(views) if view is not None]
                 if written:
                     self._copies.gather(transfer.pick(written), [view for view in views if view is not None])

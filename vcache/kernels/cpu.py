@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vcache.kernels import reference
+from vcache.kernels import pieces, reference
 from vcache.kernels.base import PagedKV
 from vcache.kernels.rows import PageRun, Rows, Tables, Words, plan, tables_of
 from vcache.kernels.threads import spread
@@ -42,6 +42,9 @@ _known: WeakKeyDictionary[PagedKV, Tables | None] = WeakKeyDictionary()
 
 def gather(paged: PagedKV, ids: Tensor, chunks: Sequence[Tensor], layers: range | None = None) -> None:
     """As `reference.gather`, for paged KV and chunks in host memory."""
+    if pieces.fits(paged):
+        pieces.gather(paged, ids, chunks, layers)
+        return
     tables = _usable_tables(paged, chunks)
     if tables is None:
         reference.gather(paged, ids, chunks, layers)
@@ -51,6 +54,9 @@ def gather(paged: PagedKV, ids: Tensor, chunks: Sequence[Tensor], layers: range 
 
 def scatter(paged: PagedKV, ids: Tensor, chunks: Sequence[Tensor], layers: range | None = None) -> None:
     """As `reference.scatter`, for paged KV and chunks in host memory."""
+    if pieces.fits(paged):
+        pieces.scatter(paged, ids, chunks, layers)
+        return
     tables = _usable_tables(paged, chunks)
     if tables is None:
         reference.scatter(paged, ids, chunks, layers)

@@ -20,7 +20,6 @@ from typing import Final
 import triton
 import triton.language as tl
 
-
 _OF_A_CALL: Final = ["first_plane", "units", "tiles", "plane_tiles", "last_chunk", "last_units"]
 
 

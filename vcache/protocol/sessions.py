@@ -108,5 +108,9 @@ class Refused(Message, frozen=True):
     message: str
 
 
+class Ended(Message, frozen=True):
+    """Answer to `Bye`, and the last message: the server knows nothing of the session any more."""
+
+
 FromClient: TypeAlias = Hello | Attach | Detach | Open | Unmapped | Bye
-FromServer: TypeAlias = Welcome | Attached | Detached | Opened | Gone | Refused
+FromServer: TypeAlias = Welcome | Attached | Detached | Opened | Gone | Refused | Ended

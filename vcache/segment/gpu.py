@@ -40,6 +40,9 @@ def gpu_uuid(ordinal: int) -> str:
     From the driver: cupy's getDeviceProperties gives it as a C string, which ends at the first zero byte.
     """
     driver = _driver()
+    count = device_count()
+    if ordinal >= count:
+        raise SegmentError(f"there is no cuda:{ordinal}: this process sees {count} GPUs; {_visibility()}")
     device = ctypes.c_int()
     _check(driver.cuDeviceGet(ctypes.byref(device), ordinal), f"cuDeviceGet({ordinal})")
     whole = _read_uuid(driver.cuDeviceGetUuid, device)

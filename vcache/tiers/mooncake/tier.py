@@ -74,22 +74,27 @@ class MooncakeTier:
                     [name], [[header_at, into.data_ptr()]], [[RECORD_HEADER_BYTES, into.numel()]]
                 )
             )
-            raw = header.numpy().tobytes()
             if code < 0:
-                return self._missed(store, name, RECORD_HEADER_BYTES + into.numel(), code)
-            flaw: Flaw | None = Flaw.LENGTH
-            if code == RECORD_HEADER_BYTES + into.numel():
-                read = read_header(raw)
-                if not isinstance(read, Flaw):
-                    flaw = flaw_of(read, key, layout, into.numpy())
-                    expires_ms = read.expiry_ms(self._config.ttl_s)
-                    if flaw is None and not has_expired(expires_ms, int(self._clock() * 1000)):
-                        return Found(expires_ms)
-                    flaw = flaw or Flaw.EXPIRED
-                else:
-                    flaw = read
-            self._delete(store, name, flaw.value)
-        return None
+                self._missed(store, name, RECORD_HEADER_BYTES + into.numel(), code)
+                return None
+            read = self._read(header.numpy().tobytes(), key, into, layout, code)
+            if isinstance(read, Flaw):
+                self._delete(store, name, read.value)
+                return None
+            return read
+
+    def _read(self, raw: bytes, key: bytes, into: torch.Tensor, layout: bytes, size: int) -> Found | Flaw:
+        """What came: the chunk, or what is wrong with it. size: of the whole value."""
+        if size != RECORD_HEADER_BYTES + into.numel():
+            return Flaw.LENGTH
+        header = read_header(raw)
+        if isinstance(header, Flaw):
+            return header
+        flaw = flaw_of(header, key, layout, into.numpy())
+        if flaw is not None:
+            return flaw
+        expires_ms = header.expiry_ms(self._config.ttl_s)
+        return Flaw.EXPIRED if has_expired(expires_ms, int(self._clock() * 1000)) else Found(expires_ms)
 
     def _missed(self, store: Any, name: str, size: int, code: int) -> None:
         """What a get that brought nothing means. Raises Unavailable where the tier is to blame."""

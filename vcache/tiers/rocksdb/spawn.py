@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Final
 
-import vcache
 from vcache.errors import ConfigError
 from vcache.locks import lock_holder
 from vcache.logs import Line
@@ -86,6 +85,6 @@ def start_owner(directory: Path, capacity_bytes: int, ttl_s: float) -> bool:
 
 def _environment() -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("VCACHE_")}
-    places = [str(Path(vcache.__file__).parents[1]), environment.get("PYTHONPATH", "")]
+    places = [str(Path(__file__).parents[3]), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, places))
     return environment

@@ -1,0 +1,166 @@
+"""vLLM servers for benchmarks: each kind of cache, started the same way, on the same cores."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from demo.processes import Child
+from demo.vllm_client import get, healthy
+
+START_SECONDS_MAX = 600.0
+BLOCK_TOKENS = 32
+SEGMENT = "2GiB"
+
+VCACHE: dict[str, Any] = {
+    "kv_connector": "VCacheConnector",
+    "kv_role": "kv_both",
+    "kv_load_failure_policy": "recompute",
+}
+
+
+class Folder:
+    """Where a run keeps its logs, sockets and files; what was started in it ends with the stack."""
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        self.path = path
+        self.runtime = path / "run"
+        self._stack = stack
+        self._started = 0
+        self._engines: dict[int, Child] = {}
+
+    def start(self, name: str, arguments: list[str], environ: Mapping[str, str] | None = None) -> Child:
+        """Start `python -m …`."""
+        self._started += 1
+        child = Child(f"{self._started} {name}", arguments, self.path, environ=environ)
+        self._stack.callback(child.end)
+        return child
+
+    def run(self, command: list[str], environ: Mapping[str, str] | None = None) -> None:
+        """Start another program, with its output in a log."""
+        self._started += 1
+        with (self.path / f"{self._started}-{Path(command[0]).name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(environ or {})},
+                start_new_session=True,
+            )
+
+        def end() -> None:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            process.kill()
+            process.wait()
+
+        self._stack.callback(end)
+
+    def start_pool(self) -> None:
+        """A metadata server and a holder."""
+        server = self.start("metadata", ["metadata_server.server", "--runtime-dir", str(self.runtime)])
+        server.wait_for_log("ready")
+        holder = ["vcache.cli", "segment", "--device", "shm:0", "--size", SEGMENT]
+        self.start("holder", [*holder, "--runtime-dir", str(self.runtime)])
+        server.wait_for_log("segment lent")
+
+    def start_vllm(
+        self,
+        model: Path,
+        cores: str,
+        transfer: dict[str, Any] | None = None,
+        *,
+        environ: Mapping[str, str] | None = None,
+    ) -> int:
+        """Start a vLLM server and wait until it answers; its port."""
+        port = free_port()
+        arguments = [
+            "vllm.entrypoints.openai.api_server",
+            *("--model", str(model), "--served-model-name", "m", "--port", str(port), "--host", "127.0.0.1"),
+            *("--max-model-len", "8192", "--block-size", str(BLOCK_TOKENS), "--enforce-eager"),
+            *("--prefix-caching-hash-algo", "sha256_cbor", "--enable-prompt-tokens-details"),
+            *("--max-num-seqs", "8"),
+        ]
+        if transfer is not None:
+            arguments += ["--kv-transfer-config", json.dumps(transfer)]
+        bound = {
+            "VLLM_CPU_OMP_THREADS_BIND": cores,
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+            "VLLM_SERVER_DEV_MODE": "1",  # for /reset_prefix_cache
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            **(environ or {}),
+        }
+        child = self.start("vllm", arguments, bound)
+        child.wait_until(partial(healthy, port), START_SECONDS_MAX, "answer")
+        self._engines[port] = child
+        return port
+
+    def stop_vllm(self, port: int) -> None:
+        """End the server at this port: an idle one takes cores, too."""
+        self._engines.pop(port).end()
+
+    def vcache(self) -> dict[str, Any]:
+        """The connector's configuration."""
+        extra = {"runtime_dir": str(self.runtime), "segment.size": 0}
+        return {**VCACHE, "kv_connector_extra_config": extra}
+
+
+@contextmanager
+def folder(path: Path) -> Iterator[Folder]:
+    """A run's folder; what was started in it ends with the block."""
+    path.mkdir(mode=0o700)
+    with ExitStack() as stack:
+        yield Folder(path, stack)
+
+
+def forget(port: int) -> None:
+    """Empty a server's own prefix cache."""
+    import http.client
+
+    for _ in range(200):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request("POST", "/reset_prefix_cache")
+        response = connection.getresponse()
+        body = response.read()
+        connection.close()
+        if response.status == 200 and b"false" not in body.lower():
+            return
+        time.sleep(0.02)
+    raise RuntimeError(f"the server at {port} does not reset its prefix cache")
+
+
+def metric(port: int, name: str) -> float:
+    """The sum of one of its metrics over labels."""
+    lines = get(port, "/metrics")[1].splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{"))
+
+
+def free_port() -> int:
+    """A port that nobody has."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def program(name: str) -> str | None:
+    """A command of this environment, None if it is not there."""
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.exists() else shutil.which(name)
+
+
+def has_module(name: str) -> bool:
+    """Whether it can be imported."""
+    return importlib.util.find_spec(name) is not None

@@ -1,0 +1,151 @@
+"""`python -m demo.vllm`: two vLLM servers, one core each, and one long document asked of the first and then
+of the second, which has its KV from the pool.
+
+Exit code 0 when the answers agree and the second one had it cached, 1 when something was wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sys
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.table import Table
+
+from demo.__main__ import private_directory
+from demo.processes import Child, DemoFailed
+from demo.prompts import DOCUMENT
+from demo.random_model import make_model
+from demo.report import make_console
+from demo.vllm_client import Completion, complete, healthy
+
+START_SECONDS_MAX: Final = 600.0
+"""For a vLLM server to be ready: it imports for half a minute, and two share the machine."""
+
+SEGMENT: Final = "512MiB"
+QUESTIONS: Final = ("What is told to the keeper who comes?", "When is the fog signal started?")
+ANSWER_TOKENS: Final = 16
+
+
+def main() -> int:
+    """Show it once; return the exit code."""
+    console = make_console()
+    try:
+        with ExitStack() as stack:
+            directory = private_directory()
+            stack.callback(shutil.rmtree, directory)
+            _show(console, directory, stack)
+    except (DemoFailed, OSError, RuntimeError) as failure:
+        console.print("\n[bold red]The demo failed.[/bold red]")
+        console.print(str(failure), markup=False)
+        return 1
+    except KeyboardInterrupt:
+        console.print("\nInterrupted; all processes were ended.")
+        return 130
+    return 0
+
+
+def _show(console: Console, directory: Path, stack: ExitStack) -> None:
+    runtime = directory / "run"
+    model = make_model(directory / "model")
+    console.print("Starting a metadata server, a holder of shared memory, and two vLLM servers: minutes.")
+    server = Child("metadata server", ["metadata_server.server", "--runtime-dir", str(runtime)], directory)
+    stack.callback(server.end)
+    server.wait_for_log("ready")
+    holding = ["vcache.cli", "segment", "--device", "shm:0", "--size", SEGMENT, "--runtime-dir", str(runtime)]
+    holder = Child("holder", holding, directory)
+    stack.callback(holder.end)
+    server.wait_for_log("segment lent")
+    ports = [_free_port(), _free_port()]
+    engines = [_vllm(number, port, model, runtime, directory) for number, port in enumerate(ports)]
+    for engine in engines:
+        stack.callback(engine.end)
+    for engine, port in zip(engines, ports, strict=True):
+        engine.wait_until(partial(healthy, port), START_SECONDS_MAX, "answer")
+    for port in ports:
+        complete(port, "a few words to warm up " * 20, max_tokens=4)
+    answers = [
+        (f"question {at + 1}", name, complete(port, f"{DOCUMENT}\n\n{question}\n", max_tokens=ANSWER_TOKENS))
+        for at, question in enumerate(QUESTIONS)
+        for name, port in zip(("vLLM 0", "vLLM 1"), ports if not at else ports[::-1], strict=True)
+    ]
+    console.print(_table(answers))
+    _check(answers)
+    console.print(
+        "The second server had the document's KV from the pool and computed none of it. The answers agree."
+    )
+
+
+def _vllm(number: int, port: int, model: Path, runtime: Path, directory: Path) -> Child:
+    transfer = {
+        "kv_connector": "VCacheConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"runtime_dir": str(runtime), "segment.size": 0},
+    }
+    arguments = [
+        "vllm.entrypoints.openai.api_server",
+        *("--model", str(model), "--served-model-name", "demo", "--port", str(port), "--host", "127.0.0.1"),
+        *("--max-model-len", "8192", "--block-size", "32", "--enforce-eager"),
+        *("--dtype", "float32"),  # bfloat16 rounds so that a cached answer may differ from a computed one
+        *("--prefix-caching-hash-algo", "sha256_cbor", "--enable-prompt-tokens-details"),
+        *("--kv-transfer-config", json.dumps(transfer)),
+    ]
+    cores = sorted(os.sched_getaffinity(0))
+    environ = {
+        "VLLM_CPU_OMP_THREADS_BIND": str(cores[number % len(cores)]),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    return Child(f"vllm {number}", arguments, directory, environ=environ)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _table(answers: list[tuple[str, str, Completion]]) -> Table:
+    table = Table("prompt", "served by")
+    for column in ("tokens", "cached_tokens", "TTFT"):
+        table.add_column(column, justify="right")
+    table.add_column("answer")
+    first: dict[str, str] = {}
+    for question, name, answer in answers:
+        agrees = answer.text == first.setdefault(question, answer.text)
+        table.add_row(
+            question,
+            name,
+            str(answer.prompt_tokens),
+            str(answer.cached_tokens),
+            f"{answer.ttft_s * 1e3:.0f} ms",
+            "same" if agrees else "differs",
+        )
+    return table
+
+
+def _check(answers: list[tuple[str, str, Completion]]) -> None:
+    """Raise DemoFailed unless the document was cached for all but the first, and the answers agree."""
+    (_, _, cold), *cached = answers
+    for question, name, answer in cached:
+        if answer.cached_tokens < answer.prompt_tokens * 9 // 10:
+            cached_tokens = f"{answer.cached_tokens} of {answer.prompt_tokens}"
+            raise DemoFailed(f"{name}, {question}: {cached_tokens} tokens were cached")
+    for one, other in zip(answers[::2], answers[1::2], strict=True):
+        if one[2].text != other[2].text:
+            raise DemoFailed(f"{one[0]}: {one[2].text!r} and {other[2].text!r} differ")
+    if cached[0][2].ttft_s >= cold.ttft_s:
+        raise DemoFailed("the first token came no sooner from the pool")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

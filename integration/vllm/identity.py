@@ -1,0 +1,106 @@
+"""Whose KV it is: everything that decides a chunk's bytes and that vLLM's block hashes leave out."""
+
+from __future__ import annotations
+
+import json
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vcache.errors import ArgumentError
+from vcache.keys import join_fields, model_digest
+
+_UNTOLD = ("_name_or_path", "transformers_version", "_attn_implementation_autoset")
+"""Of a model's configuration: where it lies and who read it, which does not count."""
+
+
+def model_identity(vllm_config: Any) -> tuple[str, str]:
+    """(a name for people that the pool groups chunks by, a digest of all that decides the KV of a token)."""
+    model = vllm_config.model_config
+    files = _files_of(model.model, model.revision or "")
+    fields = [
+        files,
+        str(model.dtype),
+        str(model.quantization),
+        _configuration(model),
+        _speculator(vllm_config),
+        _weights(vllm_config, model),
+        str(vllm_config.cache_config.cache_dtype),
+        str(getattr(vllm_config.cache_config, "calculate_kv_scales", False)),
+    ]
+    parallel = vllm_config.parallel_config
+    fields += [str(parallel.tensor_parallel_size), str(parallel.pipeline_parallel_size)]
+    digest = _digest(fields)
+    return f"{Path(model.model).name} {digest[:12]}", digest
+
+
+def group_identity(model: str, group: Any, layer_names: list[str], page_format: str) -> str:
+    """The identity of one group's chunks on a rank: its layers, how they attend, what is inside a page."""
+    return _digest([model, str(group.index), repr(group.spec), *layer_names, page_format])
+
+
+def page_format(backend: str, isa: str, version: str, tensor: torch.Tensor) -> str:
+    """What a page's inside depends on, in words."""
+    inner = "x".join(map(str, tensor.shape[1:]))
+    strides = ",".join(map(str, tensor.stride()[1:]))
+    release = ".".join(version.split(".")[:2])
+    words = [
+        f"vllm-{release}",
+        backend,
+        isa or "-",
+        f"{inner}/{strides}",
+        str(tensor.dtype).removeprefix("torch."),
+    ]
+    return " ".join(words)
+
+
+def lora_identity(lora: Any) -> str:
+    """An adapter by its content."""
+    return model_digest(lora.lora_path)
+
+
+def _files_of(name: str, revision: str) -> str:
+    path = Path(name)
+    try:
+        return model_digest(path if path.exists() else _snapshot(name, revision), revision)
+    except (ArgumentError, OSError):  # a directory without files that we know: then its name has to do
+        return model_digest(f"{name}@{revision}")
+
+
+def _snapshot(name: str, revision: str) -> str:
+    """Where the hub's files of a model lie on this machine, since a name such as `main` means other files
+    later.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+
+        return str(snapshot_download(name, revision=revision or None, local_files_only=True))
+    except Exception:  # whatever a hub's library raises: then the name has to do
+        return name
+
+
+def _configuration(model: Any) -> str:
+    told = {name: value for name, value in model.hf_config.to_dict().items() if name not in _UNTOLD}
+    return json.dumps(told, sort_keys=True, default=str)
+
+
+def _speculator(vllm_config: Any) -> str:
+    """A draft model's layers lie in the same pages."""
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return ""
+    draft = getattr(speculative, "draft_model_config", None)
+    files = "" if draft is None else _files_of(draft.model, draft.revision or "")
+    return f"{getattr(speculative, 'method', '')} {files}"
+
+
+def _weights(vllm_config: Any, model: Any) -> str:
+    """Weights that are not read from the files are what the seed makes them."""
+    loading = str(getattr(vllm_config.load_config.load_format, "value", vllm_config.load_config.load_format))
+    return f"dummy {model.seed}" if loading == "dummy" else ""
+
+
+def _digest(fields: list[str]) -> str:
+    return blake2b(join_fields(field.encode() for field in fields), digest_size=16).hexdigest()

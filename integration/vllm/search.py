@@ -1,0 +1,200 @@
+"""Finding a prefix in the pool and pinning it: by a thread, so that no answer is waited for long."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from integration.vllm.groups import Groups
+from integration.vllm.hits import first_needed, longest_hit
+from integration.vllm.keys import ChunkKeys
+from integration.vllm.messages import Place
+from vcache.client import Client, Grant
+from vcache.engine.stats import Cause, Counters
+from vcache.errors import LocalStateError, ServerError, Unavailable
+from vcache.limits import KEYS_PER_REQUEST_MAX
+from vcache.protocol import Extents
+
+_log = logging.getLogger("vcache.integration.vllm")
+
+_SEARCH_THREADS = 2
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Chunks `first` … `end` - 1 of a sequence with these block hashes."""
+
+    hashes: tuple[bytes, ...]
+    first: int
+    end: int
+    adapter: str
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where in what was asked a group's chunks of one rank stand: from `begin` on, one per wanted chunk."""
+
+    fingerprint: bytes
+    group: int
+    place: Place
+    begin: int
+
+
+class Hit:
+    """Chunks `first` … `end` - 1 are there on all ranks, and pinned until `release`; none if they are equal.
+
+    lineage: of the pool that granted them.
+    """
+
+    def __init__(self, first: int, end: int, found: dict[tuple[Place, int], Extents], lineage: int) -> None:
+        self.first = first
+        self.end = end
+        self.lineage = lineage
+        self._found = found
+
+    def chunks(self, place: Place, group: int) -> list[int]:
+        """The chunks of a group that are held: the last ones, for a window needs no others."""
+        count = len(self._found[place, group])
+        return list(range(self.end - count, self.end))
+
+    def extents(self, place: Place, group: int, chunks: Sequence[int]) -> bytes:
+        """Where these chunks lie, packed."""
+        held = self._found[place, group]
+        return held[[chunk - self.end + len(held) for chunk in chunks]].tobytes()
+
+
+class Pinned:
+    """A hit and the pins that hold it. `release` may be called again."""
+
+    def __init__(self, searches: Searches, hit: Hit, grants: list[Grant]) -> None:
+        self.hit = hit
+        self._searches = searches
+        self._grants = grants
+
+    def release(self) -> None:
+        """Nobody reads it any more. Never fails and never waits."""
+        grants, self._grants = self._grants, []
+        if grants:
+            self._searches.give_back(grants)
+
+
+class Searches:
+    """Asks the pool for prefixes, in threads of its own. Whatever goes wrong there is a miss, counted."""
+
+    def __init__(self, client: Client, groups: Groups, keys: ChunkKeys, counters: Counters) -> None:
+        self._client = client
+        self._groups = groups
+        self._keys = keys
+        self._counters = counters
+        self._threads = ThreadPoolExecutor(_SEARCH_THREADS, thread_name_prefix="vcache-search")
+
+    def begin(self, wanted: Wanted) -> Future[Pinned]:
+        """Look for it; what the future gives has to be released."""
+        return self._threads.submit(self._search, wanted)
+
+    def nothing(self, first: int) -> Pinned:
+        """A hit of no length."""
+        return Pinned(self, Hit(first, first, {}, 0), [])
+
+    def give_back(self, grants: list[Grant]) -> None:
+        """Release these, some time soon."""
+        try:
+            self._threads.submit(self._release, grants)
+        except RuntimeError:  # closed: the pins end with the session
+            _log.debug("pins were left to the end of the session")
+
+    def close(self) -> None:
+        """Wait for what is under way."""
+        self._threads.shutdown(wait=True)
+
+    def _search(self, wanted: Wanted) -> Pinned:
+        none = self.nothing(wanted.first)
+        grants: list[Grant] = []
+        try:
+            return self._acquire(wanted, grants)
+        except Unavailable as error:
+            self._counters.failed(Cause.NO_SERVER, error)
+        except ServerError as error:
+            self._counters.failed(Cause.REFUSED, error)
+        except LocalStateError as error:
+            _log.debug("search ended: %s", error)
+            return none
+        except Exception as error:  # of ours: a miss for vLLM
+            _log.exception("a search failed")
+            self._counters.failed(Cause.MALFORMED, repr(error))
+        self._release(grants)
+        return none
+
+    def _acquire(self, wanted: Wanted, grants: list[Grant]) -> Pinned:
+        """Pin what is there, and give back what is not part of the longest hit."""
+        count = wanted.end - wanted.first
+        slots, asked = self._questions(wanted)
+        found: dict[bytes, tuple[Grant, list[bool]]] = {}
+        for fingerprint, keys in asked.items():
+            grant = self._client.acquire(keys, layout=fingerprint, pin=True, prefix=False)
+            grants.append(grant)
+            found[fingerprint] = grant, grant.flags or [False] * len(keys)
+        there = [[True] * count for _ in self._groups.groups]
+        for slot in slots:
+            flags = found[slot.fingerprint][1][slot.begin : slot.begin + count]
+            there[slot.group] = [a and b for a, b in zip(there[slot.group], flags, strict=True)]
+        windows = [group.window_tokens for group in self._groups.groups]
+        tokens = self._groups.chunk_tokens
+        end = longest_hit(there, windows, first=wanted.first, chunk_tokens=tokens)
+        return self._keep(wanted, end, slots, found, grants)
+
+    def _questions(self, wanted: Wanted) -> tuple[list[_Slot], dict[bytes, list[bytes]]]:
+        chunks = range(wanted.first, wanted.end)
+        slots: list[_Slot] = []
+        asked: dict[bytes, list[bytes]] = {}
+        for place, identity in self._keys.identities.items():
+            for group in range(len(self._groups)):
+                fingerprint = identity.fingerprints[group]
+                keys = asked.setdefault(fingerprint, [])
+                slots.append(_Slot(fingerprint, group, place, len(keys)))
+                keys += self._keys.keys(wanted.hashes, chunks, group, place, wanted.adapter)
+        return slots, asked
+
+    def _keep(
+        self,
+        wanted: Wanted,
+        end: int,
+        slots: list[_Slot],
+        found: dict[bytes, tuple[Grant, list[bool]]],
+        grants: list[Grant],
+    ) -> Pinned:
+        held: dict[tuple[Place, int], Extents] = {}
+        kept = {fingerprint: np.zeros(len(grant.extents), bool) for fingerprint, (grant, _) in found.items()}
+        for slot in slots if end > wanted.first else ():
+            grant, flags = found[slot.fingerprint]
+            window = self._groups.groups[slot.group].window_tokens
+            needed = first_needed(end, wanted.first, self._groups.chunk_tokens, window)
+            rows = np.cumsum([0, *flags])[
+                slot.begin + needed - wanted.first : slot.begin + end - wanted.first
+            ]
+            kept[slot.fingerprint][rows] = True
+            held[slot.place, slot.group] = grant.extents[rows]
+        for fingerprint, (grant, _) in found.items():
+            unneeded = grant.extents[~kept[fingerprint]]
+            if len(unneeded):
+                self._client.release(grant, unneeded)
+        lineage = grants[0].lineage
+        if any(grant.lineage != lineage for grant in grants):  # the server began anew in between
+            raise Unavailable("the metadata server's pool is a new one")
+        return Pinned(self, Hit(wanted.first, end, held, lineage), grants if end > wanted.first else [])
+
+    def _release(self, grants: list[Grant]) -> None:
+        try:
+            for grant in grants:
+                self._client.release(grant)
+        except LocalStateError as error:
+            _log.debug("release: %s", error)
+
+
+def chunks_at_most(groups: Groups, places: int) -> int:
+    """How many chunks one search may ask for, so that a question fits a request."""
+    return KEYS_PER_REQUEST_MAX // max(1, len(groups) * places)

@@ -1,0 +1,357 @@
+"""A worker's half: moves whole pages between vLLM's tensors and the pool, as the scheduler's half orders."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+from integration.vllm.affinity import use_all_cores
+from integration.vllm.groups import Groups, is_replicated
+from integration.vllm.identity import group_identity, model_identity, page_format
+from integration.vllm.layer_waits import LayerWaits
+from integration.vllm.messages import Identity, Load, LoadPart, Orders, Place, Report, Save, SavePart
+from integration.vllm.settings import Configured
+from integration.vllm.stats import Observed
+from integration.vllm.tensors import GroupPages, attention_of, describe_pages
+from vcache.client import Client
+from vcache.engine.arguments import Transfer
+from vcache.engine.copies import Copies
+from vcache.engine.granted import GrantedLoads
+from vcache.engine.lanes import PAST, Event, Lanes
+from vcache.engine.lending import Lending
+from vcache.engine.pool import Pool
+from vcache.engine.stats import Cause, Counters
+from vcache.engine.store import Store
+from vcache.errors import ServerError, Unavailable
+from vcache.kernels import LaunchOptions, prepare
+from vcache.limits import KEY_BYTES
+from vcache.logs import Line
+
+_log = logging.getLogger("vcache.integration.vllm")
+
+_IDLE_WAIT_LOAD_S = 0.01
+"""A step that computes nothing waits so long for a load: a request that comes meanwhile waits no longer."""
+
+_IDLE_WAIT_SAVE_S = 0.001
+"""And for a save, which nobody waits for: only so that the engine does not spin."""
+
+_NO_KEY = bytes(KEY_BYTES)
+
+
+@dataclass(frozen=True)
+class _GroupHalf:
+    """One group's way to and from the pool."""
+
+    pages: GroupPages
+    loads: GrantedLoads
+    store: Store
+
+    def transfer(self, keys: list[bytes], ids: tuple[int, ...], after: Event = PAST) -> Transfer:
+        """Whole chunks in these pages, to be copied after what uses them now."""
+        layout = self.pages.paged.layout
+        sizes = [layout.chunk_bytes] * len(keys)
+        return Transfer(
+            self.pages.paged, keys, sizes, torch.tensor(ids, dtype=torch.int64), layout.pages_per_chunk
+        )
+
+
+@dataclass
+class _Done:
+    """What threads have finished and vLLM has not heard of. Under the worker's lock."""
+
+    report: Report = field(default_factory=Report)
+    received: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
+    bad_blocks: set[int] = field(default_factory=set)
+
+    def __bool__(self) -> bool:
+        return bool(self.report)
+
+
+class WorkerHalf:
+    """One rank's half. `register` makes it whole; until then it does nothing."""
+
+    def __init__(
+        self, vllm_config: Any, kv_cache_config: Any, groups: Groups, configured: Configured
+    ) -> None:
+        self._vllm_config = vllm_config
+        self._num_blocks = kv_cache_config.num_blocks
+        self._groups = groups
+        self._configured = configured
+        self._layerwise = configured.settings.layerwise
+        self._waits = LayerWaits()
+        self._lanes = Lanes()
+        self._needed: list[Future[None]] = []
+        self._counters = Counters()
+        self.observed = Observed(self._counters)
+        self._place: Place = (0, 0)
+        self._saves_here = True
+        self._halves: list[_GroupHalf] = []
+        self._identity: Identity | None = None
+        self._client: Client | None = None
+        self._lending: Lending | None = None
+        self._changed = threading.Condition()
+        self._done = _Done()
+        self._taken = _Done()
+        self._mapped_for = 0
+        self._loads_running = 0
+        self._saves_running = 0
+        self._idle = False
+        self._loader = ThreadPoolExecutor(1, "vcache-load", initializer=use_all_cores)
+        self._saver = ThreadPoolExecutor(1, "vcache-save", initializer=use_all_cores)
+
+    # -- beginning and end
+
+    @property
+    def identity(self) -> Identity | None:
+        """What this rank's chunks are; None before `register`."""
+        return self._identity
+
+    def register(self, kv_caches: Mapping[str, Tensor]) -> None:
+        """vLLM has allocated its KV tensors: describe them and join the pool. Raises VCacheError, in words,
+        for what cannot be shared.
+        """
+        import vllm
+        from vllm.config import get_layers_from_vllm_config
+        from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+        from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+        tensor_rank = get_tp_group().rank_in_group
+        replicated = is_replicated(self._groups)
+        self._place = (get_pp_group().rank_in_group, 0 if replicated else tensor_rank)
+        self._saves_here = not replicated or tensor_rank == 0
+        layers = get_layers_from_vllm_config(self._vllm_config, AttentionLayerBase)
+        label, model = model_identity(self._vllm_config)
+        described, identities = [], []
+        for group in self._groups:
+            name = next(name for name in group.layer_names if name in kv_caches)
+            backend, isa = attention_of(layers, name)
+            words = page_format(backend, isa, vllm.__version__, kv_caches[name])
+            pages = describe_pages(
+                group,
+                kv_caches,
+                num_blocks=self._num_blocks,
+                chunk_tokens=self._groups.chunk_tokens,
+                page_format=words,
+            )
+            described.append(pages)
+            identities.append(group_identity(model, group, list(pages.layer_names), words))
+        self._join(described, label)
+        layouts = [pages.paged.layout for pages in described]
+        self._identity = Identity(
+            self._place,
+            label,
+            tuple(layout.fingerprint for layout in layouts),
+            tuple(identities),
+            tuple(layout.chunk_bytes for layout in layouts),
+        )
+        for group, layout in zip(self._groups, layouts, strict=True):
+            _log.info(Line("shares KV", model=label, group=group.index, layout=layout.describe()))
+
+    def _join(self, described: list[GroupPages], label: str) -> None:
+        config = self._configured.config
+        device = described[0].paged.device
+        if device.type == "cuda" and not self._configured.device_given:
+            import msgspec
+
+            config = msgspec.structs.replace(config, device=f"cuda:{device.index or 0}")
+        self._lending = Lending(config)
+        name = f"vllm-worker-{self._vllm_config.kv_transfer_config.engine_id}"[:60]
+        self._client = client = Client(config, name=name, new_segment=self._lending.source)
+        copies = Copies(self._counters, LaunchOptions(config.engine.sm_limit), loads=self._lanes)
+        for pages in described:
+            prepare(pages.paged)
+            pool = Pool(client, self._counters, pages.paged.layout, label, config.device)
+            loads = GrantedLoads(client, pool, copies, self._counters)
+            self._halves.append(_GroupHalf(pages, loads, Store(pool, copies, None, self._counters)))
+        if config.server.autostart:
+            client.wait_connected(config.client.connect_timeout_ms / 1e3)
+        self._saver.submit(self._map_segments)
+
+    def close(self) -> None:
+        """Wait for running copies, then leave the pool."""
+        self._loader.shutdown(wait=True)
+        self._saver.shutdown(wait=True)
+        if self._client is not None:
+            self._client.close()
+        if self._lending is not None:
+            self._lending.close()
+
+    # -- loads
+
+    def start_loads(self, orders: Orders) -> None:
+        """Begin the step's loads, and wait for those that the step itself needs."""
+        self._idle = orders.idle
+        if orders.tell and self._identity is not None:
+            with self._changed:
+                self._done.report.identities[self._place] = self._identity
+        if not orders.loads:
+            return
+        with self._changed:
+            self._loads_running += len(orders.loads)
+        after = self._lanes.on(self._halves[0].pages.paged.device).caller()
+        for load in orders.loads:
+            if self._layerwise and not load.is_async:
+                self._waits.expect(self._layers_of(load))
+            future = self._loader.submit(self._load, load, after)
+            if not load.is_async:
+                self._needed.append(future)
+        if not self._layerwise:
+            self.finish_loads()
+
+    def wait_for_layer(self, layer: str) -> None:
+        """Return when the step's loads have brought this layer."""
+        self._waits.wait(layer)
+
+    def finish_loads(self) -> None:
+        """Return when the loads that the step needs are done."""
+        needed, self._needed = self._needed, []
+        for load in needed:
+            load.result()
+
+    def _layers_of(self, load: Load) -> list[str]:
+        """The layers that a load brings, each as often as it does."""
+        parts = load.parts.get(self._place, ())
+        return [name for part in parts for name in self._halves[part.group].pages.layer_names]
+
+    def _load(self, load: Load, after: Event) -> None:
+        """Carry out a load. Whatever happens, it is reported once, and by then no copy runs."""
+        started_s = time.perf_counter()
+        failed: int | None = None
+        parts = load.parts.get(self._place, ())
+        awaited = Counter(self._layers_of(load)) if self._layerwise and not load.is_async else Counter()
+        try:
+            for part in parts:
+                chunk = self._load_part(part, load.lineage, after, awaited)
+                if chunk is not None:
+                    failed = chunk if failed is None else min(chunk, failed)
+        except Exception as error:  # of ours or a driver's: vLLM computes what was to be loaded
+            _log.exception("a load failed")
+            self._counters.failed(Cause.MALFORMED, repr(error))
+            failed = min((chunk for part in parts for chunk in part.chunks), default=0)
+        finally:
+            self._waits.arrived(list(awaited.elements()))
+        self.observed.seconds("load_seconds", time.perf_counter() - started_s)
+        self._loaded(load, parts, failed)
+
+    def _loaded(self, load: Load, parts: tuple[LoadPart, ...], failed: int | None) -> None:
+        with self._changed:
+            self._loads_running -= 1
+            self._done.report.loads[load.id] = 1
+            if failed is not None:
+                self._done.report.failed[load.id] = failed
+            if load.is_async:
+                self._done.received.add(load.request)
+                if failed is not None:
+                    self._done.failed.add(load.request)
+            elif failed is not None:
+                self._done.bad_blocks.update(self._pages_from(parts, failed))
+            self._changed.notify_all()
+
+    def _load_part(self, part: LoadPart, lineage: int, after: Event, awaited: Counter[str]) -> int | None:
+        """The first chunk that did not arrive; None if all did. What the model waits for leaves `awaited`."""
+        if part.incomplete:
+            self._counters.failed(Cause.MALFORMED, "vLLM allocated blocks for which no chunk was found")
+            return min(part.chunks, default=0)
+        if not part.chunks:
+            return None
+        half = self._halves[part.group]
+
+        def on_layer(layer: int) -> None:
+            name = half.pages.layer_names[layer]
+            awaited[name] -= 1
+            self._waits.arrived([name])
+
+        arrived = half.loads.run(
+            half.transfer([_NO_KEY] * len(part.chunks), part.pages, after),
+            part.extents,
+            lineage,
+            on_layer=on_layer if awaited and len(half.pages.paged.layers) > 1 else None,
+        )
+        return next((chunk for chunk, came in zip(part.chunks, arrived, strict=True) if not came), None)
+
+    def _pages_from(self, parts: tuple[LoadPart, ...], chunk: int) -> set[int]:
+        """The blocks of this chunk and of those after it."""
+        pages: set[int] = set()
+        for part in parts:
+            per_chunk = self._groups.groups[part.group].pages_in(self._groups.chunk_tokens)
+            for at, number in enumerate(part.chunks):
+                if number >= chunk:
+                    pages.update(part.pages[at * per_chunk : (at + 1) * per_chunk])
+        return pages - {-1}
+
+    # -- saves
+
+    def start_saves(self, orders: Orders) -> None:
+        """Begin to store; vLLM keeps the pages as they are until it is reported."""
+        self.finish_loads()
+        with self._changed:
+            self._saves_running += len(orders.saves)
+        for save in orders.saves:
+            self._saver.submit(self._save, save)
+
+    def _map_segments(self) -> None:
+        """Map the pool before anybody waits for it: once for every server that we see."""
+        assert self._client is not None
+        epoch = self._client.epoch
+        if epoch and epoch != self._mapped_for:
+            self._mapped_for = epoch
+            with suppress(Unavailable, ServerError):  # then at first use
+                self._client.map_segments()
+
+    def _save(self, save: Save) -> None:
+        started_s = time.perf_counter()
+        stored = False
+        try:
+            self._map_segments()
+            parts = save.parts if self._saves_here else ()
+            stored = sum(self._save_part(part) for part in parts) == len(parts)
+        except Exception as error:  # of ours or a driver's: nothing was stored
+            _log.exception("a store failed")
+            self._counters.failed(Cause.MALFORMED, repr(error))
+        self.observed.seconds("store_seconds", time.perf_counter() - started_s)
+        with self._changed:
+            self._saves_running -= 1
+            self._done.report.saves[save.id] = 1
+            self._done.report.stored[save.id] = int(stored)
+            self._changed.notify_all()
+
+    def _save_part(self, part: SavePart) -> bool:
+        half = self._halves[part.group]
+        keys = list(part.keys[self._place])
+        return half.store.run(half.transfer(keys, part.pages)) == len(keys)
+
+    # -- reports
+
+    def results(self) -> KVConnectorTransferResults:
+        """What arrived or failed since the last call. Of a step that computes nothing it waits a little for
+        more.
+        """
+        with self._changed:
+            if self._idle and not self._done and (self._loads_running or self._saves_running):
+                patience_s = _IDLE_WAIT_LOAD_S if self._loads_running else _IDLE_WAIT_SAVE_S
+                self._changed.wait_for(lambda: bool(self._done), patience_s)
+            received, self._done.received = self._done.received, set()
+            failed, self._done.failed = self._done.failed, set()
+            self._taken, self._done = self._done, _Done()
+            return KVConnectorTransferResults(finished_recving=received, failed_recving=failed)
+
+    def bad_blocks(self) -> set[int]:
+        """Blocks that synchronous loads did not fill; of what `results` took."""
+        return self._taken.bad_blocks
+
+    def report(self) -> Report | None:
+        """What the scheduler's half has to know; of what `results` took."""
+        taken, self._taken = self._taken, _Done()
+        return taken.report if taken.report else None

@@ -1,0 +1,209 @@
+"""What vLLM does when the server, a holder or another engine is not there, or dies in mid-load."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vllm.harness import START_S, EngineProcess, Machine, eventually, prompt
+
+FAULTY: dict[str, Any] = {"kv_connector": "FaultyConnector", "kv_connector_module_path": "tests.vllm.faulty"}
+TOKENS = 400
+HIT = 384
+
+
+class Faults:
+    """A machine with engines whose loads can be stopped."""
+
+    def __init__(self, machine: Machine, folder: Path) -> None:
+        self.machine = machine
+        self.folder = folder
+
+    @contextmanager
+    def in_mid_load(self, engine: EngineProcess, asked: list[int]) -> Iterator[None]:
+        """The engine has copied what it was granted for this prompt, and has not asked the fence."""
+        (self.folder / "stop").touch()
+        engine.send("generate", prompts=[asked], max_tokens=4)
+        eventually((self.folder / "reached").exists, "a load begins")
+        try:
+            yield
+        finally:
+            (self.folder / "reached").unlink()
+            (self.folder / "go").touch()
+            eventually(lambda: not (self.folder / "go").exists(), "the load goes on")
+
+
+@pytest.fixture(scope="module")
+def faults(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Faults:
+    """Where loads are told to stop."""
+    return Faults(machine, tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="module")
+def engines(faults: Faults, model: Callable[..., Path]) -> dict[str, EngineProcess]:
+    """By load and policy; they start while there is no server."""
+    machine, llama = faults.machine, model("llama")
+    kinds = {("sync", "recompute"), ("async", "recompute"), ("sync", "fail"), ("async", "fail")}
+    engines = {
+        f"{load} {policy}": machine.engine(
+            llama,
+            name=f"{load}-{policy}",
+            wait=False,
+            extra={"load": load},
+            transfer={**FAULTY, "kv_load_failure_policy": policy},
+            environ={"FAULTS_FOLDER": str(faults.folder)},
+        )
+        for load, policy in sorted(kinds)
+    }
+    for engine in engines.values():
+        engine.receive(START_S)
+    return engines
+
+
+KINDS = ["async recompute", "sync recompute", "async fail", "sync fail"]
+
+
+def forget(engine: EngineProcess) -> None:
+    """Empty the engine's own prefix cache."""
+    eventually(lambda: engine.call("reset"), "no block is in use")
+
+
+def in_the_pool(engine: EngineProcess, asked: list[int]) -> dict[str, Any]:
+    """Have the prompt's KV in the pool and nowhere else; what the engine answers with it."""
+    engine.ask(asked, max_tokens=4)
+    expected = engine.ask(asked, max_tokens=4)
+    assert expected["cached"] == HIT
+    forget(engine)
+    return expected
+
+
+def same(answer: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """Whether tokens and logprobs are equal, bit for bit."""
+    return answer["tokens"] == expected["tokens"] and answer["logprobs"] == expected["logprobs"]
+
+
+def test_vllm_starts_and_serves_without_a_server_and_uses_it_when_it_comes(
+    faults: Faults, engines: dict[str, EngineProcess]
+) -> None:
+    asked = prompt(1, TOKENS)
+    cold = {kind: engine.ask(asked, max_tokens=4) for kind, engine in engines.items()}
+    assert len({tuple(answer["tokens"]) for answer in cold.values()}) == 1
+    for engine in engines.values():
+        assert engine.ask(asked, max_tokens=4)["cached"] == HIT  # its own
+        forget(engine)
+    faults.machine.start_server()
+    faults.machine.start_holder()
+    engine = engines["sync recompute"]
+
+    def comes_back() -> bool:
+        forget(engine)
+        return bool(engine.ask(asked, max_tokens=4)["cached"] == HIT)
+
+    eventually(comes_back, "the engine uses the server")
+    assert "kv_load_failure_policy is 'fail'" in engines["sync fail"].log.read_text()
+    assert "kv_load_failure_policy is 'fail'" not in engines["sync recompute"].log.read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_holder_dies_in_mid_load(faults: Faults, engines: dict[str, EngineProcess], kind: str) -> None:
+    machine, engine = faults.machine, engines[kind]
+    asked = prompt(10 + KINDS.index(kind), TOKENS)
+    expected = in_the_pool(engine, asked)
+    before = engine.call("metrics")
+    with faults.in_mid_load(engine, asked):
+        machine.holders[-1].send_signal(signal.SIGKILL)
+        machine.holders[-1].wait(30)
+        eventually(lambda: not machine.observer.stats().segments, "the server has seen it")
+    (answer,) = engine.receive()
+    if "fail" in kind:
+        assert answer["finish"] == "error"
+    else:
+        assert answer["finish"] == "length"
+        cold = engine.ask(asked, max_tokens=4)
+        assert answer["tokens"] == expected["tokens"] == cold["tokens"]
+    after = engine.call("metrics")
+    assert after["vllm:vcache_failures_total"] > before["vllm:vcache_failures_total"]
+    assert after["vllm:vcache_failed_loads_total"] == before["vllm:vcache_failed_loads_total"] + 1
+    machine.start_holder()
+    assert in_the_pool(engine, prompt(20 + KINDS.index(kind), TOKENS))
+    machine.nothing_is_held()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_server_dies_in_mid_load_and_the_load_counts(
+    faults: Faults, engines: dict[str, EngineProcess], kind: str
+) -> None:
+    machine, engine = faults.machine, engines[kind]
+    asked = prompt(30 + KINDS.index(kind), TOKENS)
+    expected = in_the_pool(engine, asked)
+    with faults.in_mid_load(engine, asked):
+        machine.kill_server()
+    (answer,) = engine.receive()
+    assert answer["cached"] == HIT
+    assert same(answer, expected)
+    assert engine.ask(prompt(40, TOKENS))["finish"] == "length"  # without a server
+    machine.start_server()
+    eventually(lambda: machine.observer.connected and machine.observer.stats().segments, "the pool is back")
+
+    def hits_again() -> bool:
+        forget(engine)
+        return bool(engine.ask(asked, max_tokens=4)["cached"] == HIT)
+
+    eventually(hits_again, "the pool is as warm as before")
+    machine.nothing_is_held()
+
+
+def test_a_chunk_that_failed_is_not_loaded_again(faults: Faults, engines: dict[str, EngineProcess]) -> None:
+    machine, engine = faults.machine, engines["async recompute"]
+    asked = prompt(50, TOKENS)
+    in_the_pool(engine, asked)
+    loads = engine.call("metrics")["vllm:vcache_load_seconds_count"]
+    with faults.in_mid_load(engine, asked):
+        machine.holders[-1].send_signal(signal.SIGKILL)
+        machine.holders[-1].wait(30)
+        eventually(lambda: not machine.observer.stats().segments, "the server has seen it")
+        machine.start_holder()
+        other = engines["sync recompute"]
+        forget(other)
+        other.ask(asked, max_tokens=4)  # another copy of the same chunks
+        forget(other)
+    (answer,) = engine.receive()
+    assert answer["finish"] == "length"
+    assert engine.call("metrics")["vllm:vcache_load_seconds_count"] == loads + 1
+
+
+def test_another_engine_dies_in_mid_load(
+    faults: Faults, engines: dict[str, EngineProcess], model: Callable[..., Path]
+) -> None:
+    machine, engine = faults.machine, engines["async recompute"]
+    for holder in machine.holders:
+        if holder.poll() is None:
+            holder.kill()
+            holder.wait(30)
+    eventually(lambda: not machine.observer.stats().segments, "no segment is left")
+    lender = machine.engine(model("llama"), name="lender", extra={"segment.size": "32MiB"})
+    eventually(lambda: len(machine.observer.stats().segments) == 1, "it lends a segment")
+    asked = prompt(60, TOKENS)
+    lender.ask(asked, max_tokens=4)
+    expected = lender.ask(asked, max_tokens=4)
+    forget(lender)
+    forget(engine)
+    with faults.in_mid_load(engine, asked):
+        lender.kill()
+        eventually(lambda: not machine.observer.stats().segments, "the server has seen it")
+    (answer,) = engine.receive()
+    assert answer["finish"] == "length"
+    assert answer["tokens"] == expected["tokens"]
+
+
+def test_the_engines_say_nothing_worse_than_warnings(engines: dict[str, EngineProcess]) -> None:
+    for engine in engines.values():
+        ours = [
+            line for line in engine.log.read_text().splitlines() if "vcache" in line or "integration" in line
+        ]
+        assert not [line for line in ours if "ERROR" in line or "Traceback" in line]
