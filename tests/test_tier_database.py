@@ -241,7 +241,7 @@ def test_damaged_bytes_are_a_miss_and_deleted(bench: Bench) -> None:
         bench.put(number)
     bench.database.close()
     blob = max((bench.path / "db").glob("*.blob"), key=lambda path: path.stat().st_size)
-    flip(blob, blob.stat().st_size // 2)
+    flip(blob, blob.stat().st_size // 3)
     bench.open()
     seen = []
     for number in range(4):

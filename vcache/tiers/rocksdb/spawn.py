@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from vcache.errors import ConfigError
+from vcache.limits import MIB
 from vcache.locks import lock_holder
 from vcache.logs import Line
 from vcache.tiers.rocksdb.owner import LOCK, LOG
@@ -25,6 +26,9 @@ if os.fork():
 os.execv(sys.argv[1], sys.argv[1:])
 """
 """Between us and the owner: its exit makes the owner nobody's child."""
+
+_MALLOC: Final = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(512 * MIB)}
+"""Of glibc. Otherwise it takes the memory of every large chunk anew from the kernel, page by page."""
 
 _LAUNCH_TIMEOUT_S: Final = 10.0
 
@@ -86,5 +90,6 @@ def start_owner(directory: Path, capacity_bytes: int, ttl_s: float) -> bool:
 def _environment() -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("VCACHE_")}
     places = [str(Path(__file__).parents[3]), environment.get("PYTHONPATH", "")]
+    environment |= _MALLOC
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, places))
     return environment
