@@ -51,7 +51,7 @@ class Files:
         """Write and fsync one."""
         fd = os.open(self.folder / str(number), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
-            left = memoryview(chunk.numpy())
+            left = chunk.numpy().data
             while left:
                 left = left[os.write(fd, left) :]
             os.fsync(fd)
@@ -61,7 +61,7 @@ class Files:
     def get(self, number: int, into: torch.Tensor) -> None:
         """Read one."""
         with (self.folder / str(number)).open("rb", buffering=0) as file:
-            left = memoryview(into.numpy())
+            left = into.numpy().data
             while left:
                 left = left[file.readinto(left) :]
 
@@ -111,7 +111,12 @@ def local(folder: Path, size: int) -> list[Figure]:
         def put_tier() -> float:
             first, done[0] = done[0], done[0] + count
             numbers = range(first, first + count)
-            return timed(lambda: (_put_all(tier, numbers, chunk), tier.sync()))
+
+            def put() -> None:
+                _put_all(tier, numbers, chunk)
+                tier.sync()
+
+            return timed(put)
 
         def put_files() -> float:
             return timed(lambda: [*map(files.put, range(count), [chunk] * count)])

@@ -176,6 +176,7 @@ def write_until_killed(path: Path, first: int, pipe: Connection) -> None:
     pipe.recv()
 
 
+@pytest.mark.timeout(600)  # twenty seconds on a machine with nothing else to do
 def test_kill_9_in_mid_write_a_hundred_times(tmp_path: Path) -> None:
     """No wrong bytes ever, and no record lost that was there at a sync, unless it had to go for room."""
     multiprocessing.set_forkserver_preload(["tests.processes.test_tier_rocksdb"])
