@@ -15,6 +15,11 @@ class Found(NamedTuple):
     expires_ms: int = 0
 
 
+def has_expired(expiry_ms: int, now_ms: int) -> bool:
+    """Whether a moment has come; both in milliseconds since 1970, expiry 0: never."""
+    return bool(expiry_ms) and now_ms >= expiry_ms
+
+
 @runtime_checkable
 class Tier(Protocol):
     """Keeps whole chunks under their keys, verbatim, and gives back exactly what it was given or nothing.

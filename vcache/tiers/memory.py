@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 
 from vcache.errors import ArgumentError, EngineClosed
-from vcache.tiers.base import Found
-from vcache.tiers.record import has_expired
+from vcache.tiers.base import Found, has_expired
 
 
 class _Kept(NamedTuple):

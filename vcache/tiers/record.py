@@ -26,6 +26,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import xxhash
 
 from vcache.limits import FINGERPRINT_BYTES, KEY_BYTES, RECORD_HEADER_BYTES
+from vcache.tiers.base import has_expired as has_expired
 
 _MAGIC: Final = b"VCACHREC"
 _VERSION: Final = 1
@@ -115,8 +116,3 @@ def flaw_of(header: Header, key: bytes, layout: bytes, chunk: Bytes) -> Flaw | N
     if header.checksum != xxhash.xxh3_64_intdigest(chunk):
         return Flaw.CHUNK
     return None
-
-
-def has_expired(expiry_ms: int, now_ms: int) -> bool:
-    """Whether a moment that `Header.expiry_ms` gave has come."""
-    return bool(expiry_ms) and now_ms >= expiry_ms
