@@ -54,7 +54,7 @@ PYTHON_VERSION ?= 3.12
 MACHINE ?= x86_64
 LMCACHE ?=
 
-.PHONY: help demo test bench gpu wheels lint clean demo-vllm test-vllm bench-vllm
+.PHONY: help demo test test-tiers bench gpu wheels lint clean demo-vllm test-vllm bench-vllm
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -64,6 +64,10 @@ demo: $(STAMP) ## two workers share the KV of a real transformer through the poo
 
 test: $(STAMP) ## all tests that need no GPU
 	$(BIN)/python -m pytest -q
+
+test-tiers: $(VENV)/.installed-mooncake ## the tests with a real Mooncake Store; Debian: libibverbs1 libnuma1 libcurl4
+	$(BIN)/python -c "import mooncake.store"
+	$(BIN)/python -m pytest -q tests/mooncake
 
 bench: $(STAMP) ## the figures, on this machine
 	$(BIN)/python -m benchmarks
@@ -145,6 +149,10 @@ $(STAMP): pyproject.toml
 	@echo "installing vcache[$(EXTRAS)] into $(VENV): minutes the first time, seconds later"
 	@$(install_torch)
 	@$(PIP) -e '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV)/.installed-mooncake: $(STAMP)
+	@$(PIP) -e '.[mooncake]'
 	@touch $@
 
 # torchvision and its like come along with vLLM and are not needed for text; their builds for GPUs fail to load here.

@@ -14,6 +14,8 @@ from pathlib import Path
 from demo.processes import DemoFailed
 from demo.report import make_console
 from demo.story import Story
+from demo.tiers import TIERS, lower_tier
+from vcache.errors import VCacheError
 
 
 def private_directory() -> Path:
@@ -32,10 +34,9 @@ def end_on_sigterm(*_: object) -> None:
 def main() -> int:
     """Tell the story once; return the exit code."""
     console = make_console()
-    if tier := os.environ.get("TIER"):
-        console.print(
-            f"[red]TIER={tier}: the demo has no lower tier yet, only the pool. Run it without TIER.[/red]"
-        )
+    name = os.environ.get("TIER", "")
+    if name not in ("", *TIERS):
+        console.print(f"[red]TIER={name}: wanted nothing, {' or '.join(TIERS)}.[/red]")
         return 2
     signal.signal(signal.SIGTERM, end_on_sigterm)
     started = time.monotonic()
@@ -43,11 +44,20 @@ def main() -> int:
         with ExitStack() as stack:
             directory = private_directory()
             stack.callback(shutil.rmtree, directory)
-            story = Story(console, directory, stack)
+            try:
+                tier = lower_tier(name, directory, stack)
+            except VCacheError as error:
+                console.print(f"TIER={name}: {error}", style="red", markup=False)
+                return 2
+            story = Story(console, directory, stack, tier)
             story.start()
             story.share()
             story.kill_worker()
             story.kill_server()
+            if tier:
+                new = private_directory()
+                stack.callback(shutil.rmtree, new)
+                story.end_everything(new)
             story.summary()
     except DemoFailed as failure:
         console.print("\n[bold red]The demo failed.[/bold red]")

@@ -6,10 +6,11 @@ import msgspec
 
 
 class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the pool is, and which segment this worker's chunks go to first."""
+    """Where the pool is, which segment this worker's chunks go to first, and what lies under the pool."""
 
     runtime_dir: str
     device: str
+    tier: dict[str, str | int]  # fields of the configuration, empty without a lower tier
 
 
 class Serve(msgspec.Struct, tag="serve", frozen=True):

@@ -29,13 +29,17 @@ POLL_SECONDS: Final = 0.02
 class Story:
     """The processes, the prompts and the results so far."""
 
-    def __init__(self, console: Console, directory: Path, stack: ExitStack) -> None:
+    def __init__(
+        self, console: Console, directory: Path, stack: ExitStack, tier: dict[str, str | int] | None = None
+    ) -> None:
+        """tier: the configuration of what lies under the pool; None: nothing does."""
         self.console = console
         self.directory = directory
         self.stack = stack
+        self.tier = tier or {}
         self.rows: list[report.Row] = []
 
-    def start(self) -> None:
+    def start(self, *, introduce: bool = True) -> None:
         """Start the server, two holders and two workers; return when all are ready."""
         with self.console.status("starting the server, two holders and two workers (each loads torch) …"):
             self.server = self._start_server()
@@ -45,8 +49,9 @@ class Story:
             for holder in self.holders:
                 holder.wait_for_log("ready")
             ready = [worker.receive(Ready, START_SECONDS_MAX) for worker in self.workers]
-        self.expected = Expected(ready[0].chunk_tokens)
-        self.console.print(report.introduction(ready[0]))
+        if introduce:
+            self.expected = Expected(ready[0].chunk_tokens)
+            self.console.print(report.introduction(ready[0]))
 
     def _start_server(self) -> Child:
         return self._started(
@@ -70,7 +75,7 @@ class Story:
         return self._started(Child(f"holder of {device}", ["vcache.cli", *arguments], self.directory))
 
     def _start_worker(self, index: int) -> WorkerProcess:
-        settings = WorkerSettings(runtime_dir=str(self.directory), device=f"shm:{index}")
+        settings = WorkerSettings(runtime_dir=str(self.directory), device=f"shm:{index}", tier=self.tier)
         worker = WorkerProcess(f"worker {index}", settings, self.directory)
         self.stack.callback(worker.end)
         return worker
@@ -169,6 +174,19 @@ class Story:
         self.console.print(
             f"  the server is back: hits again {time.monotonic() - started:.1f} s after its start"
         )
+
+    def end_everything(self, directory: Path) -> None:
+        """All processes of the pool end, as at a reboot; a new pool begins with what the lower tier has."""
+        tier = self.tier["tiers.order"]
+        self.say(f"4. All workers, holders and the server end; a new pool finds what {tier} kept")
+        for process in (*self.workers[1:], *self.holders, self.server):
+            process.end()  # a worker that ends in order writes what still waits for the tier
+        self.directory = directory
+        self.start(introduce=False)
+        prompt = self.chat_a.ask("Who may turn the lens, and when?")
+        self.chat_a.answered(self.serve(0, "chat A, turn 4, new pool", prompt))
+        prompt = self.chat_b.ask("And what is written in the log about visitors?")
+        self.chat_b.answered(self.serve(1, "chat B, turn 4, new pool", prompt))
 
     def summary(self) -> None:
         """Print the table and what was shown."""

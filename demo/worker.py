@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import traceback
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 import torch
@@ -38,6 +38,7 @@ class Worker:
     def __init__(self, settings: WorkerSettings) -> None:
         self.model = make_model()
         self.kv = PagedKV(PAGES)
+        tier: dict[str, Any] = dict(settings.tier)
         self.engine = VCacheEngine(
             layout=KVLayout(
                 num_layers=LAYERS,
@@ -54,6 +55,7 @@ class Worker:
             device=settings.device,
             segment={"size": 0},
             server={"autostart": False},
+            **tier,
         )
         self.previous: tuple[list[int], torch.Tensor] | None = None  # prompt and KV of the last run
 

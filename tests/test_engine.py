@@ -48,7 +48,13 @@ def engine(pool: Pool) -> Iterator[VCacheEngine]:
 
 
 def make(pool: Pool, *, size: int | str = 0, layout: KVLayout = LAYOUT, **given: Any) -> VCacheEngine:
-    options = {"model": "test-model", "kv_axes": AXES, "device": "shm:0", "segment.size": size}
+    options: dict[str, Any] = {
+        "model": "test-model",
+        "kv_axes": AXES,
+        "device": "shm:0",
+        "segment.size": size,
+    }
+    options["tiers.prefetch"] = False  # so that it is the retrieve that reads below, and the counters say so
     made = VCacheEngine(layout=layout, **{**pool.client_config(), **options, **given})
     assert made.wait_connected(DEADLINE_S) or not pool.path.exists()
     return made

@@ -10,7 +10,7 @@ import torch
 from vcache.engine.lower import LowerTiers
 from vcache.engine.stats import Cause, Counters
 from vcache.errors import ArgumentError, EngineClosed
-from vcache.tiers import MemoryTier, Tier
+from vcache.tiers import Found, MemoryTier, Tier
 
 LAYOUT, OTHER = b"L" * 16, b"O" * 16
 
@@ -112,10 +112,10 @@ class BrokenTier:
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
         raise OSError("disk gone")
 
-    def get(self, key: bytes, into: torch.Tensor, layout: bytes) -> bool:
+    def get(self, key: bytes, into: torch.Tensor, layout: bytes) -> Found | None:
         raise OSError("disk gone")
 
-    def put(self, key: bytes, chunk: torch.Tensor, layout: bytes) -> None:
+    def put(self, key: bytes, chunk: torch.Tensor, layout: bytes, expires_ms: int = 0) -> bool:
         raise OSError("disk gone")
 
     def remove(self, keys: Sequence[bytes]) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, NamedTuple
@@ -18,10 +19,10 @@ from typing import Annotated, Any, Final, Literal, NamedTuple
 import msgspec
 from msgspec import Meta, field
 
-from vcache.config_values import Bytes, checked, suggestion
+from vcache.config_values import SIZE_MAX, SIZE_WANTED, Bytes, checked, suggestion
 from vcache.config_values import parse_size as parse_size  # callers find it here
 from vcache.errors import ConfigError
-from vcache.limits import EXTENTS_MAX_DEFAULT, PINNED_BYTES_MAX_DEFAULT
+from vcache.limits import EXTENTS_MAX_DEFAULT, GIB, PINNED_BYTES_MAX_DEFAULT
 
 DAY_S: Final = 86_400
 YEAR_S: Final = 365 * DAY_S
@@ -34,6 +35,33 @@ Device = Annotated[
     ),
 ]
 Text = Annotated[str, Meta(min_length=1)]
+Address = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9._\[\]:-]+:[0-9]{1,5}\Z", extra={"wanted": "host:port, such as '10.0.0.1:50051'"}
+    ),
+]
+Metadata = Annotated[
+    str,
+    Meta(
+        pattern=r"^(P2PHANDSHAKE|https?://.+)\Z",
+        extra={"wanted": "'P2PHANDSHAKE' or a URL such as 'http://10.0.0.1:8080/metadata'"},
+    ),
+]
+Namespace = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9_.-]{1,64}\Z",
+        extra={"wanted": "1 to 64 letters, digits, '_', '.' or '-'"},
+    ),
+]
+TierOrder = Annotated[
+    str,
+    Meta(
+        pattern=r"^(rocksdb|mooncake|rocksdb *, *mooncake|mooncake *, *rocksdb)\Z",
+        extra={"wanted": "the tiers in their order: 'rocksdb', 'mooncake' or 'rocksdb, mooncake'"},
+    ),
+]
 
 
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -95,6 +123,63 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     sm_limit: Annotated[int, Meta(ge=0, le=1_024)] = 0
 
 
+class RocksdbConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The tier on a local SSD. Engines of one machine that name the same directory share it."""
+
+    # Ours alone, mode 700, on the SSD; made if it is not there. None: $XDG_CACHE_HOME/vcache, else
+    # ~/.cache/vcache.
+    directory: Text | None = None
+    # Bytes of all chunks; beyond them the least recently used go. Leave a third more on the disk: what was
+    # deleted is given back in whole files.
+    size: Annotated[
+        int, Meta(ge=1 << 20, le=SIZE_MAX, extra={"wanted": f"{SIZE_WANTED}, at least 1MiB", "size": True})
+    ] = 64 * GIB
+    # Age at which a chunk expires, also one that was written under another value; 0: never.
+    ttl_s: Annotated[float, Meta(ge=0, le=10 * YEAR_S)] = 0.0
+
+
+class MooncakeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The tier on other machines: a Mooncake Store, whose client the wheel installed here is."""
+
+    # host:port of the master.
+    master: Address = "127.0.0.1:50051"
+    # P2PHANDSHAKE, or the URL of Mooncake's HTTP metadata server (http://host:8080/metadata): one for all.
+    metadata: Metadata = "P2PHANDSHAKE"
+    # The address of this machine that the others reach. Its port is Mooncake's to choose.
+    host: Text = "127.0.0.1"
+    # auto: rdma where there is an InfiniBand or RoCE device, tcp elsewhere. Not checked against the others'.
+    protocol: Literal["auto", "tcp", "rdma"] = "auto"
+    # RDMA devices, as "mlx5_0,mlx5_1"; None: Mooncake looks for them.
+    devices: Text | None = None
+    # Memory that this process lends to the store; 0: none. What it holds goes with the process.
+    lend: Bytes = 0
+    # Copies of each chunk, on as many holders; with fewer holders there are fewer.
+    replicas: Annotated[int, Meta(ge=1, le=8)] = 1
+    # Whether the master evicts others first.
+    soft_pin: bool = False
+    # host:port of holders to put to first, as "10.0.0.2:12001,10.0.0.3:12001".
+    preferred_segments: Text | None = None
+    # What its keys begin with: stores that must not share chunks need different ones.
+    namespace: Namespace = "vcache"
+    # Age at which a chunk expires; 0: never.
+    ttl_s: Annotated[float, Meta(ge=0, le=10 * YEAR_S)] = 0.0
+    # Directory on an SSD to which what this process lends is offloaded; the master must have offload enabled.
+    offload_directory: Text | None = None
+
+
+class TiersConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where chunks go that the pool cannot hold."""
+
+    # The lower tiers, the fastest first: "rocksdb", "mooncake", or "rocksdb, mooncake". None: only the pool.
+    order: TierOrder | None = None
+    # Whether a lookup has what it found below loaded into the pool, so that the retrieve finds it there.
+    prefetch: bool = True
+    # A call that takes longer is a miss, and the tier is left alone for a while.
+    deadline_ms: Annotated[int, Meta(ge=1, le=600_000)] = 2_000
+    rocksdb: RocksdbConfig = field(default_factory=RocksdbConfig)
+    mooncake: MooncakeConfig = field(default_factory=MooncakeConfig)
+
+
 class LogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Logging of the commands; a library leaves logging to its application (see `vcache.logs`)."""
 
@@ -117,6 +202,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     client: ClientConfig = field(default_factory=ClientConfig)
     segment: SegmentConfig = field(default_factory=SegmentConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    tiers: TiersConfig = field(default_factory=TiersConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -191,7 +277,7 @@ def _known(struct: type[msgspec.Struct], prefix: str = "") -> Iterator[tuple[str
 
 _FIELDS: Final = dict(_known(Config))
 _NAMES: Final = {known.variable: name for name, known in _FIELDS.items()}
-_SECTIONS: Final = {name.split(".")[0] for name in _FIELDS if "." in name}
+_SECTIONS: Final = {name[:at] for name in _FIELDS for at, letter in enumerate(name) if letter == "."}
 _RESERVED: Final = {"VCACHE_CONFIG"}
 
 # msgspec learns a type when it first converts to it, and crashes if two threads have it do so at once.
@@ -200,15 +286,17 @@ msgspec.convert({}, Config)
 
 def _flat(config: Config) -> Iterator[tuple[str, Any]]:
     for name in _FIELDS:
-        section, _, last = name.rpartition(".")
-        yield name, getattr(getattr(config, section) if section else config, last)
+        yield name, attrgetter(name)(config)
 
 
 def _assemble(values: Mapping[str, Any]) -> Config:
-    tree: dict[str, Any] = {section: {} for section in _SECTIONS}
+    tree: dict[str, Any] = {}
     for name, value in values.items():
-        section, _, last = name.rpartition(".")
-        (tree[section] if section else tree)[last] = value
+        *sections, last = name.split(".")
+        inside = tree
+        for section in sections:
+            inside = inside.setdefault(section, {})
+        inside[last] = value
     return msgspec.convert(tree, Config)
 
 
@@ -243,8 +331,10 @@ def _nested(tree: Mapping[Any, Any], where: str, prefix: str = "") -> Iterator[t
 
 def _nearest(name: str) -> str:
     section, _, last = name.rpartition(".")
-    members = [known.removeprefix(f"{section}.") for known in _FIELDS if known.rpartition(".")[0] == section]
-    return suggestion(last, members if section else [*members, *sorted(_SECTIONS)])
+    names = [*_FIELDS, *sorted(_SECTIONS)]
+    return suggestion(
+        last, [known.rpartition(".")[2] for known in names if known.rpartition(".")[0] == section]
+    )
 
 
 def _read_yaml(path: Path, named_by: str) -> Mapping[Any, Any]:
@@ -264,7 +354,7 @@ def _read_yaml(path: Path, named_by: str) -> Mapping[Any, Any]:
         raise ConfigError(
             f"{path}: got a {type(tree).__name__}, wanted a mapping of sections and fields at the top"
         )
-    for mapping in (root, *(value for _, value in root.value if isinstance(value, yaml.MappingNode))):
+    for mapping in _mappings(root):
         seen = set()
         for key, _ in mapping.value:
             if key.value in seen:
@@ -273,3 +363,11 @@ def _read_yaml(path: Path, named_by: str) -> Mapping[Any, Any]:
                 )
             seen.add(key.value)
     return tree
+
+
+def _mappings(node: Any) -> Iterator[Any]:
+    """A YAML mapping and all mappings in it."""
+    yield node
+    for _, value in node.value:
+        if value.id == "mapping":
+            yield from _mappings(value)

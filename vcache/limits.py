@@ -248,3 +248,76 @@ ENGINE_CLOSE_WAIT_S: Final = 30.0
 """How long `VCacheEngine.close` waits for calls under way: far longer than a copy takes, and no end that
 hangs.
 """
+
+RECORD_HEADER_BYTES: Final = 128
+"""The header of a chunk record in a lower tier: it holds 104, and copies of what follows stay aligned."""
+
+TIER_READERS: Final = 4
+"""Threads that read one tier for an engine: enough to keep an SSD or a network busy. Calls that hang take
+them up one by one, and with the last one the tier is out of use until they return.
+"""
+
+TIER_FAILURES_MAX: Final = 3
+"""Failures in sequence after which a tier is left alone for a while; a call that misses its deadline is
+enough by itself, since it cost whoever waited for it the whole deadline.
+"""
+
+TIER_PAUSE_MIN_S: Final = 1.0
+"""How long a tier that failed is left alone at first: a service that restarts is back by then."""
+
+TIER_PAUSE_MAX_S: Final = 30.0
+"""The longest such pause: one call in so long may still cost an engine a deadline, and nobody waits for hits
+longer than that once the tier is well again.
+"""
+
+TIER_OWNER_START_S: Final = 15.0
+"""How long a call may wait for the process that owns a database to open it: seconds on a busy machine."""
+
+TIER_OWNER_TRY_INTERVAL_S: Final = 5.0
+"""One process starts an owner at most this often: one that cannot open its database must not be restarted in
+a loop.
+"""
+
+TIER_OWNER_IDLE_S: Final = 30.0
+"""How long the owner of a database stays without anybody connected: an engine that restarts finds it open."""
+
+TIER_PACKET_BYTES_MAX: Final = 64 * KIB
+"""One message to or from the owner of a database; keys and chunks go through shared memory beside it."""
+
+TIER_CONNECTIONS_MAX: Final = 8
+"""Connections that one engine keeps to the owner of a database between calls: its readers and writers."""
+
+TIER_LIST_MAX: Final = 256
+"""Rows in one page of a tier's listing: they fit one message."""
+
+TIER_WRITE_BUFFER_BYTES: Final = 128 * MIB
+"""What the database gathers in memory before it writes a file: four chunks of 32 MiB, one long write."""
+
+TIER_DISK_MARGIN_BYTES: Final = 64 * MIB
+"""Bytes on the disk that a database leaves free, or a sixteenth of the disk where that is less: a file
+system that is full to the last byte hurts everybody on it.
+"""
+
+PREFETCH_CHUNKS_MAX: Final = 256
+"""Chunks that wait to be prefetched: some long prompts; later ones are loaded when they are retrieved."""
+
+PREFETCH_WAIT_S: Final = 10.0
+"""How long a retrieve waits for a chunk that is being prefetched, instead of reading it a second time: a
+tier's deadline and more, since the prefetch itself gives up at that.
+"""
+
+MOONCAKE_SEGMENT_MIN_BYTES: Final = 16 * MIB
+"""The smallest segment that Mooncake mounts."""
+
+MOONCAKE_CLOSE_S: Final = 5.0
+"""How long closing waits for Mooncake calls under way: one to a holder that hangs takes 30 s, and an engine
+does not end later for it.
+"""
+
+MOONCAKE_REACH_S: Final = 1.0
+"""How long Mooncake's master may take to accept a connection before the client is set up, which holds the GIL
+for seconds if there is none.
+"""
+
+MOONCAKE_FULL_PAUSES_S: Final = (0.01, 0.02, 0.04, 0.08, 0.16)
+"""Pauses between tries to put where there was no room: eviction runs behind, and takes about 10 ms."""

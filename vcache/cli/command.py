@@ -26,6 +26,8 @@ COMMANDS: Final = {
     "list": "list the chunks in the pool",
     "config": "show the effective configuration and where each value came from",
     "clear": "forget all chunks, or those of one model",
+    "tier": "show, verify or empty the lower tiers",
+    "mooncake": "run a Mooncake Store on this machine, for development",
     "doctor": "test what VCache needs on this machine, and say what is wrong",
     "top": "watch segments, fill, hit rate and requests per second",
     "bench": "measure copies and requests on this machine",

@@ -27,16 +27,18 @@ from vcache.engine.lending import Lending
 from vcache.engine.lookup import Location, Lookup
 from vcache.engine.lower import LowerTiers
 from vcache.engine.pool import Pool
+from vcache.engine.prefetch import Prefetch
 from vcache.engine.retrieve import Retrieve
 from vcache.engine.stats import Cause, Counters
 from vcache.engine.store import Store
-from vcache.engine.tier_queue import TierQueue
+from vcache.engine.tier_queue import TierQueues
 from vcache.engine.transfers import Transfers
 from vcache.kernels import LaunchOptions
 from vcache.keys import KeyChain, Tokens
 from vcache.layout import KVLayout
 from vcache.runtime import RuntimeDir
 from vcache.tiers import Tier
+from vcache.tiers.configured import make_tiers
 
 Result = TypeVar("Result")
 KVCaches: TypeAlias = Sequence[Tensor] | Mapping[str, Tensor] | Tensor
@@ -62,7 +64,7 @@ class VCacheEngine:
         cache_salt: str = "",
         lora: str = "",
         config: Config | None = None,
-        tiers: Sequence[Tier] = (),
+        tiers: Sequence[Tier] | None = None,
         name: str = "engine",
         **overrides: Any,
     ) -> None:
@@ -70,12 +72,13 @@ class VCacheEngine:
 
         layout: what a chunk is. model, rank, cache_salt, lora: whose chunks these are; they are part of
         every key. kv_axes: how the paged tensors' dimensions are spelled, see `vcache.kernels.axes`. tiers:
-        lower tiers, the fastest first; they stay the caller's to close. config: by default
+        lower tiers, the fastest first; they stay the caller's to close. None: those that the configuration
+        names. config: by default
         `vcache.config.load(**overrides)`, where overrides are nested: `runtime_dir="…"`, `segment={"size":
         0}`. Raises ArgumentError, ConfigError, and SegmentError if the segment that was asked for does not
         fit.
         """
-        check_identity(layout, model, tiers)
+        check_identity(layout, model, tiers or ())
         chain = KeyChain(layout.fingerprint, model, rank, cache_salt, lora)
         config = loaded_config(config, overrides)
         loads = Lanes()
@@ -83,21 +86,30 @@ class VCacheEngine:
         self._layout = layout
         self._gate = Gate(name)
         self._counters = Counters()
-        self._lending = Lending(config)
+        self._own_tiers = make_tiers(config) if tiers is None else []
+        tiers = self._own_tiers if tiers is None else tiers
+        self._lending: Lending | None = None
         try:
+            self._lending = Lending(config)
             self._client = Client(config, name=name, new_segment=self._lending.source)
         except BaseException:
-            self._lending.close()
+            self._let_go()
             raise
         pool = Pool(self._client, self._counters, layout, model, config.device)
-        self._lower = LowerTiers(tiers, layout.fingerprint, self._counters)
+        deadline_s = config.tiers.deadline_ms / 1e3
+        self._lower = LowerTiers(tiers, layout.fingerprint, self._counters, deadline_s=deadline_s)
         copies = Copies(self._counters, LaunchOptions(config.engine.sm_limit), loads=loads)
-        self._queue = (
-            TierQueue(pool, self._lower, config.engine.tier_queue_chunks, self._counters) if tiers else None
-        )
-        self._lookup = Lookup(pool, self._lower)
+        self._pool = pool
+        self._queue: TierQueues | None = None
+        self._prefetch: Prefetch | None = None
+        if tiers:
+            chunks, ttl_s = config.engine.tier_queue_chunks, config.server.default_ttl_s
+            self._queue = TierQueues(pool, self._lower, chunks, self._counters, ttl_s=ttl_s)
+            if config.tiers.prefetch:
+                self._prefetch = Prefetch(pool, self._lower, layout.chunk_bytes, self._counters)
+        self._lookup = Lookup(pool, self._lower, self._prefetch)
         self._store = Store(pool, copies, self._queue, self._counters)
-        self._retrieve = Retrieve(pool, copies, self._lower, self._counters)
+        self._retrieve = Retrieve(pool, copies, self._lower, self._counters, self._prefetch)
         self._operations = Operations()
         if config.server.autostart or _session_path(config).exists():
             self._client.wait_connected(config.client.connect_timeout_ms / 1e3)
@@ -121,7 +133,8 @@ class VCacheEngine:
             count = len(array)
             # Hashing a long prompt takes longer than all else, so not where nothing can be found anyway.
             keys = self._transfers.keys(array) if self._lookup.possible() else []
-            hit = min(self._lookup.prefix(keys) * self._layout.chunk_tokens, count)
+            whole = count // self._layout.chunk_tokens
+            hit = min(self._lookup.prefix(keys, whole) * self._layout.chunk_tokens, count)
             self._counters.add(lookup_calls=1, lookup_tokens=count, lookup_hit_tokens=hit)
             return hit
 
@@ -243,6 +256,31 @@ class VCacheEngine:
         with self._gate.call():
             return self._lookup.where(self._transfers.bound_key(cache_key, "cache_key"))
 
+    def remove(self, cache_keys: Sequence[bytes]) -> int:
+        """Forget chunks, in the pool and in every lower tier; how many the pool had. Keys as for `contains`.
+
+        What somebody reads just now he reads to the end. A tier that does not answer may keep its copy.
+        """
+        with self._gate.call():
+            keys = [self._transfers.bound_key(key, "cache_keys") for key in cache_keys]
+            if not keys:
+                return 0
+            self._forget_coming(keys)
+            removed = self._pool.remove(keys)
+            self._lower.remove(keys)
+            return removed
+
+    def clear(self) -> int:
+        """Forget all chunks of this model in the pool, and **all chunks of every model** in the lower tiers.
+
+        How many the pool had. Tiers know chunks by their keys only, which do not tell whose they are.
+        """
+        with self._gate.call():
+            self._forget_coming(None)
+            removed = self._pool.clear()
+            self._lower.clear()
+            return removed
+
     @property
     def layout(self) -> KVLayout:
         """What a chunk is."""
@@ -287,10 +325,13 @@ class VCacheEngine:
         if self._gate.forked or not self._gate.close():
             return
         self._operations.close()
+        if self._prefetch is not None:
+            self._prefetch.close()
         if self._queue is not None:
             self._queue.close()
+        self._lower.close()
         self._client.close()
-        self._lending.close()
+        self._let_go()
         self._transfers.forget()
 
     def __enter__(self) -> VCacheEngine:
@@ -305,6 +346,19 @@ class VCacheEngine:
         self.close()
 
     # -- inside
+
+    def _forget_coming(self, keys: Sequence[bytes] | None) -> None:
+        """Stop chunks on their way between pool and tiers: they would come back after they were forgotten."""
+        if self._prefetch is not None:
+            self._prefetch.forget(keys)
+        if self._queue is not None:
+            self._queue.forget(keys)
+
+    def _let_go(self) -> None:
+        for tier in self._own_tiers:
+            tier.close()
+        if self._lending is not None:
+            self._lending.close()
 
     def _to_store(self, tokens: Any, mask: Any, kvcaches: Any, slot_mapping: Any, offset: Any) -> Transfer:
         self._transfers.require_form("tokens", "store_pages")

@@ -2,80 +2,154 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from vcache.engine.lanes import PAST, Lanes
-from vcache.engine.stats import Cause, Counters
-from vcache.tiers import Tier
+from vcache.engine.stats import Counters
+from vcache.engine.tier_calls import Call, TierCalls
+from vcache.limits import TTL_MS_MAX
+from vcache.tiers import Found, Tier
 
-Answer = TypeVar("Answer")
+
+class Late:
+    """A read that was given up: what it reads into is lent until the tier's call has returned."""
+
+    def __init__(self, call: Call[Found | None]) -> None:
+        self._call = call
+
+    def __bool__(self) -> bool:
+        return False
+
+    def when_over(self, then: Callable[[], None]) -> None:
+        """Call `then` once the memory is the caller's again."""
+        self._call.when_over(then)
 
 
 class LowerTiers:
     """Some tiers, the fastest first, perhaps none. Thread-safe; nothing that a tier raises leaves it.
 
     Tiers see host memory only: what lies on a GPU goes through pinned memory, on a lane of `lanes`.
+    deadline_s: of one call.
     """
 
     def __init__(
-        self, tiers: Sequence[Tier], layout: bytes, counters: Counters, lanes: Lanes | None = None
+        self,
+        tiers: Sequence[Tier],
+        layout: bytes,
+        counters: Counters,
+        lanes: Lanes | None = None,
+        *,
+        deadline_s: float = 10.0,
     ) -> None:
-        self._tiers = tuple(tiers)
+        self._calls = tuple(TierCalls(tier, counters, deadline_s) for tier in tiers)
         self._layout = layout
-        self._counters = counters
         self._lanes = lanes or Lanes()
 
     def __bool__(self) -> bool:
-        return bool(self._tiers)
+        return bool(self._calls)
+
+    def apart(self) -> list[OneTier]:
+        """Each tier by itself, for who writes."""
+        return [OneTier(calls, self._layout, self._lanes) for calls in self._calls]
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
         """Of each key, whether some tier has it."""
         found = [False] * len(keys)
-        for tier in self._tiers:
+        for calls in self._calls:
             missing = [at for at, there in enumerate(found) if not there]
             if not missing:
                 break
             asked = [keys[at] for at in missing]
             nothing = [False] * len(asked)
-            for at, there in zip(
-                missing, self._ask(tier, partial(tier.contains, asked), nothing), strict=False
-            ):
+            answer = calls.ask(partial(calls.tier.contains, asked), nothing)
+            for at, there in zip(missing, answer, strict=False):
                 found[at] = bool(there)
         return found
 
-    def get(self, key: bytes, into: Tensor) -> bool:
-        """Fill `into` from the first tier that can; whether one could."""
+    def get(self, key: bytes, into: Tensor) -> Found | Late | None:
+        """Fill `into` from the first tier that can; not Found if none could. See `Late`."""
         if into.device.type == "cpu":
             return self._get(key, into)
         staged = torch.empty(len(into), dtype=torch.uint8, pin_memory=True)
-        if not self._get(key, staged):
-            return False
+        found = self._get(key, staged)
+        if not found:
+            return None  # if it is late, the call itself keeps what it reads into
         self._lanes.on(into.device).run(lambda: into.copy_(staged, non_blocking=True), PAST).wait()
-        return True
+        return found
 
-    def put(self, key: bytes, chunk: Tensor) -> None:
-        """Have every tier keep a copy."""
+    def put(self, key: bytes, chunk: Tensor, expires_ms: int = 0) -> bool:
+        """Have every tier keep a copy; whether one does."""
+        kept = [one.put(key, chunk, expires_ms) for one in self.apart()]
+        return any(kept)
+
+    def remove(self, keys: Sequence[bytes]) -> int:
+        """Forget chunks in every tier; how many copies there were."""
+        return sum(calls.ask(partial(calls.tier.remove, list(keys)), 0) for calls in self._calls)
+
+    def clear(self) -> None:
+        """Forget all chunks in every tier."""
+        for calls in self._calls:
+            calls.ask(calls.tier.clear, None)
+
+    def close(self) -> None:
+        """Make no more calls; the tiers themselves stay open."""
+        for calls in self._calls:
+            calls.close()
+
+    def _get(self, key: bytes, into: Tensor) -> Found | Late | None:
+        for calls in self._calls:
+            deadline_s = calls.deadline_s()
+            call = calls.begin(partial(calls.tier.get, key, into, self._layout))
+            found = calls.finish(call, None, deadline_s)
+            if found is not None:
+                return found
+            if call is not None and not call.wait(0):
+                return Late(call)  # no other tier may write there now
+        return None
+
+
+class OneTier:
+    """One lower tier, for the thread that writes it."""
+
+    def __init__(self, calls: TierCalls, layout: bytes, lanes: Lanes) -> None:
+        self._calls = calls
+        self._layout = layout
+        self._lanes = lanes
+
+    @property
+    def name(self) -> str:
+        """What counters and log lines call it."""
+        return self._calls.tier.name
+
+    @property
+    def is_available(self) -> bool:
+        """Whether it takes chunks now."""
+        return self._calls.is_available
+
+    def put(self, key: bytes, chunk: Tensor, expires_ms: int = 0) -> bool:
+        """Have it keep a copy, however long that takes; whether it does."""
         if chunk.device.type != "cpu":
             staged = torch.empty(len(chunk), dtype=torch.uint8, pin_memory=True)
             source = chunk
             self._lanes.on(chunk.device).run(lambda: staged.copy_(source, non_blocking=True), PAST).wait()
             chunk = staged
-        for tier in self._tiers:
-            self._ask(tier, partial(tier.put, key, chunk, self._layout), None)
+        return self._calls.write(partial(self._calls.tier.put, key, chunk, self._layout, expires_ms))
 
-    def _get(self, key: bytes, into: Tensor) -> bool:
-        return any(self._ask(tier, partial(tier.get, key, into, self._layout), False) for tier in self._tiers)
+    def remove(self, keys: Sequence[bytes]) -> int:
+        """Forget chunks in it."""
+        return self._calls.ask(partial(self._calls.tier.remove, list(keys)), 0)
 
-    def _ask(self, tier: Tier, request: Callable[[], Answer], otherwise: Answer) -> Answer:
-        try:
-            return request()
-        except (
-            Exception
-        ) as error:  # a tier is a plugin: whatever it raises must not reach the engine's caller
-            self._counters.failed(Cause.TIER, repr(error), tier=tier.name)
-            return otherwise
+
+def ttl_left_ms(found: Found, clock: Callable[[], float] = time.time) -> int:
+    """The time to live of a chunk that is promoted, as `Client.commit` wants it: what its record has left.
+
+    -1 where it has none: then the server's default counts.
+    """
+    if not found.expires_ms:
+        return -1
+    return min(max(found.expires_ms - int(clock() * 1000), 1), TTL_MS_MAX)

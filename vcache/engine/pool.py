@@ -94,10 +94,23 @@ class Pool:
             )
         return reservation
 
-    def commit(self, extents: Extents, keys: Sequence[bytes], sizes: Sequence[int], lineage: int) -> bytes:
-        """Make written extents visible; an `Outcome` for each, none if that failed. They are ours no more."""
+    def commit(
+        self,
+        extents: Extents,
+        keys: Sequence[bytes],
+        sizes: Sequence[int],
+        lineage: int,
+        *,
+        ttl_ms: int = -1,
+    ) -> bytes:
+        """Make written extents visible; an `Outcome` for each, none if that failed. They are ours no more.
+
+        ttl_ms: -1: as the server is configured.
+        """
         commit = self._client.commit
-        outcomes = self._ask(lambda: commit(extents, keys, sizes, namespace=self._namespace), b"")
+        outcomes = self._ask(
+            lambda: commit(extents, keys, sizes, namespace=self._namespace, ttl_ms=ttl_ms), b""
+        )
         epoch = self._client.epoch
         if outcomes and epoch and self._described_to != epoch:  # a restarted server has forgotten the names
             self._described_to = epoch
@@ -112,6 +125,16 @@ class Pool:
         """Give reserved extents back; nothing here touches them any more."""
         if len(extents):
             self._client.abort(extents)
+
+    # -- forgetting
+
+    def remove(self, keys: Sequence[bytes]) -> int:
+        """Forget chunks; how many there were."""
+        return self._ask(lambda: self._client.remove(keys), 0)
+
+    def clear(self) -> int:
+        """Forget all chunks of this model; how many there were."""
+        return self._ask(lambda: self._client.clear(self._namespace), 0)
 
     # -- memory
 

@@ -15,17 +15,27 @@ from vcache.engine.arguments import Transfer
 from vcache.engine.copies import Copies
 from vcache.engine.lanes import PAST
 from vcache.engine.layerwise import Progress
-from vcache.engine.lower import LowerTiers
+from vcache.engine.lower import Late, LowerTiers
 from vcache.engine.pool import Pool
+from vcache.engine.prefetch import Prefetch
+from vcache.engine.promotion import leave_lent, promote
 from vcache.engine.stats import Cause, Counters
-from vcache.limits import KEYS_PER_REQUEST_MAX, RETRIEVE_TRIES, TIER_LOAD_CHUNKS_MAX
-from vcache.protocol import Outcome
+from vcache.limits import KEYS_PER_REQUEST_MAX, PREFETCH_WAIT_S, RETRIEVE_TRIES, TIER_LOAD_CHUNKS_MAX
+from vcache.tiers import Found
 
 
 class Retrieve:
-    """Loads transfers. Thread-safe."""
+    """Loads transfers. Thread-safe. prefetch: what may be loading chunks already; None: nothing does."""
 
-    def __init__(self, pool: Pool, copies: Copies, lower: LowerTiers, counters: Counters) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        copies: Copies,
+        lower: LowerTiers,
+        counters: Counters,
+        prefetch: Prefetch | None = None,
+    ) -> None:
+        self._prefetch = prefetch
         self._pool = pool
         self._copies = copies
         self._lower = lower
@@ -58,6 +68,8 @@ class Retrieve:
             found = self._load_from_pool(part)
             at += found
             if found < len(part):
+                if self._prefetch is not None and self._prefetch.wait_for(part.keys[found], PREFETCH_WAIT_S):
+                    continue  # it came, or is looked for below in the next turn
                 from_tiers = _FromTiers(self._pool, self._copies, self._lower, self._counters).run(
                     part.part(found)
                 )
@@ -163,9 +175,8 @@ class _FromTiers:
             return 0
         reservation = self._pool.reserve(transfer.keys)
         if reservation is None:
-            return self._scatter(
-                transfer, [self._place(transfer, at, [], None) for at in range(len(transfer))]
-            )
+            own = [self._place(transfer, at, [], None) for at in range(len(transfer))]
+            return len(self._scatter(transfer, own)[0])
         return self._load_and_promote(transfer, reservation)
 
     def _load_and_promote(self, transfer: Transfer, reservation: Reservation) -> int:
@@ -177,42 +188,56 @@ class _FromTiers:
         extents = reservation.extents[: len(missing)]
         sizes = [transfer.sizes[at] for at in missing[: len(extents)]]
         promoted: dict[int, int] = {}
+        found: list[Found] = []
+        lent: list[int] = []
         try:
             kind = transfer.paged.device.type
             with self._pool.borrowed(extents, sizes, reservation.lineage, kind) as views:
                 extent_of = {at: extent for extent, at in enumerate(missing[: len(views)])}
                 places = [self._place(transfer, at, views, extent_of.get(at)) for at in range(len(transfer))]
-                loaded = self._scatter(transfer, places)
-                used = enumerate(place.extent for place in places[:loaded])
+                found, late = self._scatter(transfer, places)
+                used = enumerate(place.extent for place in places[: len(found)])
                 promoted = {at: extent for at, extent in used if extent is not None}
+                if late is not None and (extent := places[len(found)].extent) is not None:
+                    leave_lent(self._pool, reservation, extent, late)
+                    lent = [extent]
                 places.clear()
         finally:
-            self._pool.abort(np.delete(reservation.extents, list(promoted.values())))
+            self._pool.abort(np.delete(reservation.extents, [*promoted.values(), *lent]))
         if promoted:
-            self._promote(transfer.pick(list(promoted)), reservation, list(promoted.values()))
-        return loaded
+            count = promote(
+                self._pool,
+                reservation,
+                list(promoted.values()),
+                [transfer.keys[at] for at in promoted],
+                [transfer.sizes[at] for at in promoted],
+                [found[at] for at in promoted],
+            )
+            self._counters.add(tier_promoted_chunks=count)
+        return len(found)
 
     def _place(self, transfer: Transfer, at: int, views: list[Tensor | None], extent: int | None) -> _Place:
         view = None if extent is None else views[extent]
         return _Place(self._own_memory(transfer, at), None) if view is None else _Place(view, extent)
 
-    def _scatter(self, transfer: Transfer, places: list[_Place]) -> int:
-        """Read the chunks, up to the first that no tier has any more, and scatter them; how many."""
-        chunks: list[Tensor] = []
-        for key, place in zip(transfer.keys, places, strict=True):
-            if not self._lower.get(key, place.chunk):
-                break
-            chunks.append(place.chunk)
-        if chunks:
-            self._copies.scatter(transfer.part(0, len(chunks)), chunks)
-        self._counters.add(tier_hits=len(chunks))
-        return len(chunks)
+    def _scatter(self, transfer: Transfer, places: list[_Place]) -> tuple[list[Found], Late | None]:
+        """Read the chunks, up to the first that no tier has any more, and scatter them; what was found.
 
-    def _promote(self, transfer: Transfer, reservation: Reservation, extents: list[int]) -> None:
-        outcomes = self._pool.commit(
-            reservation.extents[extents], transfer.keys, transfer.sizes, reservation.lineage
-        )
-        self._counters.add(tier_promoted_chunks=outcomes.count(Outcome.COMMITTED))
+        With a read that was given up: the memory behind what was found is lent to it still.
+        """
+        found: list[Found] = []
+        late = None
+        for key, place in zip(transfer.keys, places, strict=True):
+            answer = self._lower.get(key, place.chunk)
+            if not isinstance(answer, Found):
+                late = answer
+                break
+            found.append(answer)
+        if found:
+            chunks = [place.chunk for place in places[: len(found)]]
+            self._copies.scatter(transfer.part(0, len(found)), chunks)
+        self._counters.add(tier_hits=len(found))
+        return found, late
 
     def _own_memory(self, transfer: Transfer, at: int) -> Tensor:
         return torch.empty(transfer.sizes[at], dtype=torch.uint8, device=transfer.paged.device)

@@ -35,6 +35,10 @@ _COUNTERS: Final = (
     "tier_promoted_chunks",
     "tier_written_chunks",
     "tier_dropped_chunks",
+    "tier_refused_chunks",
+    "tier_late_calls",
+    "tier_skipped_calls",
+    "tier_prefetched_chunks",
 )
 _SECONDS: Final = ("lookup_seconds", "store_seconds", "retrieve_seconds", "gather_seconds", "scatter_seconds")
 

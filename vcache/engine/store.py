@@ -11,7 +11,7 @@ from vcache.engine.arguments import Transfer
 from vcache.engine.copies import Copies
 from vcache.engine.pool import Pool
 from vcache.engine.stats import Cause, Counters
-from vcache.engine.tier_queue import TierQueue
+from vcache.engine.tier_queue import TierQueues
 from vcache.limits import KEYS_PER_REQUEST_MAX
 from vcache.protocol import Outcome
 
@@ -19,7 +19,7 @@ from vcache.protocol import Outcome
 class Store:
     """Stores transfers. `queue`: by which chunks go on to lower tiers, None without any. Thread-safe."""
 
-    def __init__(self, pool: Pool, copies: Copies, queue: TierQueue | None, counters: Counters) -> None:
+    def __init__(self, pool: Pool, copies: Copies, queue: TierQueues | None, counters: Counters) -> None:
         self._pool = pool
         self._copies = copies
         self._queue = queue

@@ -1,4 +1,4 @@
-"""Write-through: chunks that were committed on their way to the lower tiers, in the background."""
+"""Chunks that were committed on their way to the lower tiers, in the background: a queue for each tier."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from vcache.client import Grant
-from vcache.engine.lower import LowerTiers
+from vcache.engine.lower import LowerTiers, OneTier
 from vcache.engine.pool import Pool
 from vcache.engine.stats import Cause, Counters
 from vcache.errors import LocalStateError
@@ -28,21 +28,30 @@ class _Waiting(NamedTuple):
 
 
 class TierQueue:
-    """At most `capacity_chunks` chunks wait for the tiers, pinned; what finds no room stays unwritten.
+    """At most `capacity_chunks` chunks wait for one tier, pinned; what finds no room stays unwritten.
 
-    One thread writes. `accept` never blocks on a tier.
+    One thread writes. `accept` never blocks on the tier. expires_ms: gives the expiry of what is written now.
     """
 
-    def __init__(self, pool: Pool, lower: LowerTiers, capacity_chunks: int, counters: Counters) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        tier: OneTier,
+        capacity_chunks: int,
+        counters: Counters,
+        expires_ms: Callable[[], int] = lambda: 0,
+    ) -> None:
         self._pool = pool
-        self._lower = lower
+        self._tier = tier
         self._counters = counters
         self._capacity_chunks = capacity_chunks
+        self._expires_ms = expires_ms
         self._waiting: deque[_Waiting] = deque()
+        self._forgotten: set[bytes] = set()
         self._chunks = 0
         self._ending = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="vcache-tiers", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"vcache-to-{tier.name}", daemon=True)
         self._thread.start()
 
     @property
@@ -53,7 +62,9 @@ class TierQueue:
     def accept(self, keys: Sequence[bytes]) -> None:
         """Have the pool's chunks of `keys` written below; as many leading ones as there is room for."""
         with self._changed:
-            room = 0 if self._ending else self._capacity_chunks - self._chunks
+            takes = self._tier.is_available and not self._ending
+            room = self._capacity_chunks - self._chunks if takes else 0
+            self._forgotten.difference_update(keys)
             taken = list(keys[: min(room, KEYS_PER_REQUEST_MAX)])
             self._chunks += len(taken)
         if len(taken) < len(keys):
@@ -80,6 +91,13 @@ class TierQueue:
             return None
         flags = grant.flags or [True] * len(grant.extents)
         return _Waiting(grant, [key for key, there in zip(keys, flags, strict=False) if there])
+
+    def forget(self, keys: Sequence[bytes] | None) -> None:
+        """See to it that these chunks (None: all that wait) are not in the tier in the end."""
+        with self._changed:
+            if self._chunks:
+                waiting = [key for each in self._waiting for key in each.keys] if keys is None else keys
+                self._forgotten.update(waiting)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until nothing waits any more; whether that came true."""
@@ -129,16 +147,74 @@ class TierQueue:
             finally:
                 with self._changed:
                     self._chunks -= len(waiting.keys)
+                    if not self._chunks:
+                        self._forgotten.clear()
                     self._changed.notify_all()
 
     def _write(self, waiting: _Waiting) -> None:
         extents, grant = waiting.grant.extents, waiting.grant
         for at, key in enumerate(waiting.keys):
+            if key in self._forgotten:
+                continue
             part = extents[at : at + 1]
             with self._pool.borrowed(part, part["length"].tolist(), grant.lineage) as views:
                 # Intact and borrowed now: then pin and memory stay as they are until they are given back.
                 if views[0] is None or not self._pool.intact(grant, at, at + 1):
                     self._counters.add(tier_dropped_chunks=len(waiting.keys) - at)
                     return
-                self._lower.put(key, views[0])
-            self._counters.add(tier_written_chunks=1)
+                is_kept = self._tier.put(key, views[0], self._expires_ms())
+            self._counters.add(**{"tier_written_chunks" if is_kept else "tier_refused_chunks": 1})
+            if key in self._forgotten:
+                self._tier.remove([key])
+
+
+class TierQueues:
+    """The queues of all lower tiers: a tier that is slow, or hangs, holds up no other."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        lower: LowerTiers,
+        capacity_chunks: int,
+        counters: Counters,
+        *,
+        ttl_s: float = 0.0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """ttl_s: age at which the pool's chunks expire (0: never), and so their copies. clock: since 1970."""
+
+        def expires_ms() -> int:
+            return int((clock() + ttl_s) * 1000) if ttl_s else 0
+
+        self._queues = [
+            TierQueue(pool, tier, capacity_chunks, counters, expires_ms) for tier in lower.apart()
+        ]
+
+    @property
+    def chunks(self) -> int:
+        """Chunks that wait or are being written; one that is on its way to two tiers counts twice."""
+        return sum(queue.chunks for queue in self._queues)
+
+    def accept(self, keys: Sequence[bytes]) -> None:
+        """Have the pool's chunks of `keys` written to every tier that has room in its queue."""
+        for queue in self._queues:
+            queue.accept(keys)
+
+    def forget(self, keys: Sequence[bytes] | None) -> None:
+        """As `TierQueue.forget`."""
+        for queue in self._queues:
+            queue.forget(keys)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until nothing waits any more; whether that came true."""
+        deadline_s = time.monotonic() + timeout_s
+        done = [queue.flush(max(0.0, deadline_s - time.monotonic())) for queue in self._queues]
+        return all(done)
+
+    def close(self) -> None:
+        """As `TierQueue.close`, for all."""
+        threads = [threading.Thread(target=queue.close) for queue in self._queues]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()

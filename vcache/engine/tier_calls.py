@@ -1,0 +1,179 @@
+"""Calls of one lower tier: in threads of its own, behind a deadline and a circuit breaker.
+
+Whoever waits gives up at the deadline. The native call does not: what it was lent stays lent until it has
+really returned, and whoever lent it is told then.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from vcache.engine.stats import Cause, Counters
+from vcache.engine.tier_breaker import TierBreaker
+from vcache.limits import TIER_READERS
+from vcache.tiers import Tier
+
+Answer = TypeVar("Answer")
+
+
+class Call(Generic[Answer]):
+    """One call under way."""
+
+    def __init__(self, request: Callable[[], Answer]) -> None:
+        self._request: Callable[[], Answer] | None = request
+        self._answer: Answer | None = None
+        self._error: BaseException | None = None
+        self._is_over = False
+        self._changed = threading.Condition()
+        self._then: list[Callable[[], None]] = []
+
+    def carry_out(self) -> None:
+        """Make the call, in the thread that calls this."""
+        request, self._request = self._request, None
+        assert request is not None
+        try:
+            self._answer = request()
+        except (
+            Exception
+        ) as error:  # a tier is a plugin: whatever it raises must not reach the engine's caller
+            self._error = error
+        del request  # what it was lent is lent no more
+        with self._changed:
+            self._is_over = True
+            then, self._then = self._then, []
+            self._changed.notify_all()
+        for each in then:
+            each()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it is over, or is before the timeout."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._is_over, max(timeout_s, 0.0))
+
+    def when_over(self, then: Callable[[], None]) -> None:
+        """Call `then` when the native call has returned: now if it has, else in the thread that made it."""
+        with self._changed:
+            if not self._is_over:
+                self._then.append(then)
+                return
+        then()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What it raised, once it is over."""
+        return self._error
+
+    @property
+    def answer(self) -> Answer | None:
+        """What it returned, once it is over; None if it raised."""
+        return self._answer
+
+
+class TierCalls:
+    """The calls of one tier. Thread-safe; threads are started on first use, and end with the process."""
+
+    def __init__(
+        self,
+        tier: Tier,
+        counters: Counters,
+        deadline_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.tier = tier
+        self._counters = counters
+        self._deadline_s = deadline_s
+        self._clock = clock
+        self._breaker = TierBreaker()
+        self._guard = threading.Lock()
+        self._waiting: queue.SimpleQueue[Call[object] | None] = queue.SimpleQueue()
+        self._threads = 0
+        self._busy = 0
+        self._writing_since_s: float | None = None
+
+    @property
+    def is_available(self) -> bool:
+        """Whether it is worth asking: no breaker is open, and no write hangs."""
+        with self._guard:
+            since_s = self._writing_since_s
+            hangs = since_s is not None and self._clock() - since_s > self._deadline_s
+            return not self._breaker.is_open and not hangs
+
+    def begin(self, request: Callable[[], Answer]) -> Call[Answer] | None:
+        """Have a thread make a call; None if the tier is left alone for now, or all its threads are taken."""
+        call: Call[Answer] = Call(request)
+        with self._guard:
+            if self._busy >= 2 * TIER_READERS or not self._breaker.admits(self._clock()):
+                self._counters.add(tier_skipped_calls=1)
+                return None
+            self._busy += 1
+            if self._busy > self._threads and self._threads < TIER_READERS:
+                self._threads += 1
+                threading.Thread(target=self._run, name=f"vcache-{self.tier.name}", daemon=True).start()
+        call.when_over(self._one_less)
+        self._waiting.put(call)  # type: ignore[arg-type]
+        return call
+
+    def finish(self, call: Call[Answer] | None, otherwise: Answer, deadline_s: float) -> Answer:
+        """The answer of a call, or `otherwise`; returns by the deadline (of the injected clock)."""
+        if call is None:
+            return otherwise
+        if not call.wait(deadline_s - self._clock()):
+            self._settle(None, late=True)
+            return otherwise
+        self._settle(call.error, late=False)
+        return otherwise if call.error is not None or call.answer is None else call.answer
+
+    def deadline_s(self) -> float:
+        """The deadline of a call that begins now."""
+        return self._clock() + self._deadline_s
+
+    def ask(self, request: Callable[[], Answer], otherwise: Answer) -> Answer:
+        """`begin` and `finish`."""
+        deadline_s = self.deadline_s()
+        return self.finish(self.begin(request), otherwise, deadline_s)
+
+    def write(self, request: Callable[[], bool]) -> bool:
+        """Make a write in this thread, for as long as it takes; whether it was done. For one thread only."""
+        with self._guard:
+            if not self._breaker.admits(self._clock()):
+                return False
+            self._writing_since_s = self._clock()
+        call = Call(request)
+        call.carry_out()
+        with self._guard:
+            began_s, self._writing_since_s = self._writing_since_s, None
+        self._settle(call.error, late=self._clock() - (began_s or 0.0) > self._deadline_s)
+        return bool(call.answer)
+
+    def close(self) -> None:
+        """End the threads that are idle; those in a call end after it."""
+        with self._guard:
+            for _ in range(self._threads):
+                self._waiting.put(None)
+
+    def _settle(self, error: BaseException | None, *, late: bool) -> None:
+        with self._guard:
+            if error is None and not late:
+                self._breaker.succeeded()
+                return
+            self._breaker.failed(self._clock(), late=late)
+        if late:
+            self._counters.add(tier_late_calls=1)
+        why = repr(error) if error is not None else f"no answer within {self._deadline_s} s"
+        self._counters.failed(Cause.TIER, why, tier=self.tier.name)
+
+    def _one_less(self) -> None:
+        with self._guard:
+            self._busy -= 1
+
+    def _run(self) -> None:
+        while True:
+            call = self._waiting.get()
+            if call is None:
+                return
+            call.carry_out()
+            del call

@@ -1,0 +1,122 @@
+"""What engines and the owner of a database say to each other, one message a packet.
+
+Keys and records do not travel: they lie in the staging memory of the connection, one request at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+PROTOCOL: Final = 1
+"""Changes with any message; an owner of another protocol is waited for until it ends."""
+
+
+class Hello(msgspec.Struct, tag="hello", frozen=True, forbid_unknown_fields=True):
+    """First; with the descriptor of the staging memory. The newest settings are those that count."""
+
+    protocol: int
+    staging_bytes: int
+    capacity_bytes: int
+    ttl_s: float
+
+
+class Contains(msgspec.Struct, tag="contains", frozen=True, forbid_unknown_fields=True):
+    """`count` keys are staged; as many bytes come back there, 1 for those that are here."""
+
+    count: int
+
+
+class Get(msgspec.Struct, tag="get", frozen=True, forbid_unknown_fields=True):
+    """The record comes to the staging memory. limit: its bytes at most; 0: whatever fits there."""
+
+    key: bytes
+    layout: bytes
+
+
+class Put(msgspec.Struct, tag="put", frozen=True, forbid_unknown_fields=True):
+    """A record of `size` bytes is staged."""
+
+    size: int
+
+
+class Remove(msgspec.Struct, tag="remove", frozen=True, forbid_unknown_fields=True):
+    """`count` keys are staged."""
+
+    count: int
+
+
+class Clear(msgspec.Struct, tag="clear", frozen=True):
+    """Forget all."""
+
+
+class Sync(msgspec.Struct, tag="sync", frozen=True):
+    """Have everything on the disk."""
+
+
+class Rows(msgspec.Struct, tag="rows", frozen=True, forbid_unknown_fields=True):
+    """Up to `limit` records behind the key `after`."""
+
+    after: bytes
+    limit: int
+
+
+class Status(msgspec.Struct, tag="status", frozen=True):
+    """How the owner is."""
+
+
+class Done(msgspec.Struct, tag="done", frozen=True, forbid_unknown_fields=True):
+    """It was done, to so many."""
+
+    count: int
+
+
+class Got(msgspec.Struct, tag="got", frozen=True, forbid_unknown_fields=True):
+    """A record of `size` bytes is staged; 0: there is none. `size` may exceed the staging: then it is not."""
+
+    size: int
+    expires_ms: int
+
+
+class TryAgain(msgspec.Struct, tag="again", frozen=True):
+    """The disk does not keep up."""
+
+
+class Refused(msgspec.Struct, tag="refused", frozen=True, forbid_unknown_fields=True):
+    """No; why."""
+
+    why: str
+
+
+class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One record, for people. Times in milliseconds since 1970; expires_ms 0: never."""
+
+    key: bytes
+    layout: bytes
+    size: int
+    created_ms: int
+    expires_ms: int
+    used_ms: int
+
+
+class Listing(msgspec.Struct, tag="listing", frozen=True, forbid_unknown_fields=True):
+    """Records in the order of their keys."""
+
+    rows: list[Row]
+
+
+class State(msgspec.Struct, tag="state", frozen=True, forbid_unknown_fields=True):
+    """How the owner is: records, bytes, settings, counters, connections, its process."""
+
+    pid: int
+    records: int
+    held_bytes: int
+    capacity_bytes: int
+    ttl_s: float
+    connections: int
+    counters: dict[str, int]
+
+
+Request = Hello | Contains | Get | Put | Remove | Clear | Sync | Rows | Status
+Reply = Done | Got | TryAgain | Refused | Listing | State

@@ -1,0 +1,278 @@
+"""The process that owns one database: `python -m vcache.tiers.rocksdb.owner DIRECTORY …`.
+
+Native calls of rocksdict hold the GIL for as long as they last, a hundred milliseconds for a large chunk from
+a disk. So they are made here and not in an engine. One thread serves all connections; it ends by itself when
+nobody has been connected for TIER_OWNER_IDLE_S.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from vcache import logs
+from vcache.errors import RemoteProtocolError
+from vcache.limits import (
+    FINGERPRINT_BYTES,
+    KEY_BYTES,
+    TIER_LIST_MAX,
+    TIER_OWNER_IDLE_S,
+    TIER_PACKET_BYTES_MAX,
+)
+from vcache.locks import OwnerLock
+from vcache.logs import Line
+from vcache.tiers.rocksdb.database import Busy, Database, Entry
+from vcache.tiers.rocksdb.messages import (
+    PROTOCOL,
+    Clear,
+    Contains,
+    Done,
+    Get,
+    Got,
+    Hello,
+    Listing,
+    Put,
+    Refused,
+    Remove,
+    Reply,
+    Request,
+    Row,
+    Rows,
+    State,
+    Status,
+    Sync,
+    TryAgain,
+)
+from vcache.tiers.rocksdb.staging import Staging, mapped
+
+_log = logging.getLogger(__name__)
+
+LOCK: Final = "owner.lock"
+SOCKET: Final = "owner.sock"
+LOG: Final = "owner.log"
+
+_TICK_S: Final = 0.25
+_BACKLOG: Final = 128
+_decoder: Final = msgspec.msgpack.Decoder(Request)
+
+
+class _Connection:
+    """One engine's."""
+
+    def __init__(self, peer: socket.socket) -> None:
+        self.peer = peer
+        self.staging: Staging | None = None
+
+    def close(self) -> None:
+        self.peer.close()
+        if self.staging is not None:
+            self.staging.close()
+
+
+class Owner:
+    """Serves a database over the socket `listener` until `stop` or until nobody has come for idle_s."""
+
+    def __init__(self, database: Database, listener: socket.socket, idle_s: float) -> None:
+        self._database = database
+        self._idle_s = idle_s
+        self._selector = selectors.DefaultSelector()
+        self._listener = listener
+        self._connections: set[_Connection] = set()
+        self._lonely_since_s = time.monotonic()
+        self._stopping = False
+        listener.setblocking(False)
+        self._selector.register(listener, selectors.EVENT_READ)
+
+    def stop(self, *_: object) -> None:
+        """End after the request that is being served."""
+        self._stopping = True
+
+    def run(self) -> None:
+        """Serve."""
+        while not self._stopping and not self._is_idle():
+            for ready, _ in self._selector.select(_TICK_S):
+                if ready.data is None:
+                    self._accept()
+                else:
+                    self._serve(ready.data)
+            self._database.tick()
+        for connection in list(self._connections):
+            self._drop(connection)
+
+    def _is_idle(self) -> bool:
+        if self._connections:
+            self._lonely_since_s = time.monotonic()
+        return bool(self._idle_s) and time.monotonic() - self._lonely_since_s > self._idle_s
+
+    def _accept(self) -> None:
+        try:
+            peer, _ = self._listener.accept()
+        except OSError as error:
+            _log.warning(Line("a connection could not be accepted", error=str(error)))
+            return
+        peer.setblocking(False)
+        connection = _Connection(peer)
+        self._connections.add(connection)
+        self._selector.register(peer, selectors.EVENT_READ, connection)
+
+    def _drop(self, connection: _Connection) -> None:
+        self._selector.unregister(connection.peer)
+        self._connections.discard(connection)
+        connection.close()
+
+    def _serve(self, connection: _Connection) -> None:
+        """Answer one packet; whoever breaks the protocol, or does not read, is dropped."""
+        try:
+            packet, fds, _, _ = socket.recv_fds(connection.peer, TIER_PACKET_BYTES_MAX, 1)
+            if not packet:
+                self._drop(connection)
+                return
+            reply = self._answer(connection, packet, fds)
+            connection.peer.send(msgspec.msgpack.encode(reply))
+        except (OSError, RemoteProtocolError, msgspec.MsgspecError) as error:
+            _log.warning(Line("a connection is dropped", reason=str(error)))
+            self._drop(connection)
+
+    def _answer(self, connection: _Connection, packet: bytes, fds: list[int]) -> Reply:
+        try:
+            request = _decoder.decode(packet)
+            if isinstance(request, Hello):
+                return self._welcome(connection, request, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        if connection.staging is None:
+            raise RemoteProtocolError("a request before Hello")
+        return self._handle(request, connection.staging)
+
+    def _welcome(self, connection: _Connection, hello: Hello, fds: list[int]) -> Reply:
+        if hello.protocol != PROTOCOL:
+            return Refused(f"this owner speaks protocol {PROTOCOL}, got {hello.protocol}")
+        if len(fds) != 1 or connection.staging is not None:
+            raise RemoteProtocolError("Hello wants one descriptor, once")
+        connection.staging = mapped(fds[0], hello.staging_bytes)
+        if hello.capacity_bytes:
+            self._database.capacity_bytes, self._database.ttl_s = hello.capacity_bytes, hello.ttl_s
+        return Done(os.getpid())
+
+    def _handle(self, request: Request, staging: Staging) -> Reply:
+        database = self._database
+        if isinstance(request, Contains):
+            keys = _keys(staging, request.count)
+            staging.view[: len(keys)] = bytes(map(database.contains, keys))
+            return Done(len(keys))
+        if isinstance(request, Get):
+            return self._get(request, staging)
+        if isinstance(request, Put):
+            if not 0 < request.size <= staging.size:
+                raise RemoteProtocolError(f"put of {request.size} bytes from a staging of {staging.size}")
+            try:
+                return Done(int(database.put(bytes(staging.view[: request.size]))))
+            except Busy:
+                return TryAgain()
+        if isinstance(request, Remove):
+            return Done(database.remove(_keys(staging, request.count)))
+        if isinstance(request, Clear):
+            removed = len(database)
+            database.clear()
+            return Done(removed)
+        if isinstance(request, Sync):
+            return Done(int(database.sync()))
+        if isinstance(request, Rows):
+            limit = max(0, min(request.limit, TIER_LIST_MAX))
+            return Listing([_row(entry, database.ttl_s) for entry in database.rows(request.after, limit)])
+        assert isinstance(request, Status)
+        return self._state()
+
+    def _get(self, request: Get, staging: Staging) -> Reply:
+        if len(request.key) != KEY_BYTES or len(request.layout) != FINGERPRINT_BYTES:
+            raise RemoteProtocolError("get: a key or a fingerprint of a wrong length")
+        size = self._database.size_of(request.key)
+        if size > staging.size:
+            return Got(size, 0)
+        found = self._database.get(request.key, request.layout)
+        if found is None or len(found[0]) > staging.size:
+            return Got(0, 0)
+        record, expires_ms = found
+        staging.view[: len(record)] = record
+        return Got(len(record), expires_ms)
+
+    def _state(self) -> State:
+        database = self._database
+        return State(
+            os.getpid(),
+            len(database),
+            database.held_bytes,
+            database.capacity_bytes,
+            database.ttl_s,
+            len(self._connections),
+            dict(database.counters),
+        )
+
+
+def _keys(staging: Staging, count: int) -> list[bytes]:
+    if not 0 <= count * KEY_BYTES <= staging.size:
+        raise RemoteProtocolError(f"{count} keys in a staging of {staging.size} bytes")
+    packed = bytes(staging.view[: count * KEY_BYTES])
+    return [packed[at : at + KEY_BYTES] for at in range(0, len(packed), KEY_BYTES)]
+
+
+def _row(entry: Entry, ttl_s: float) -> Row:
+    header = entry.header
+    return Row(
+        header.key, header.layout, entry.size, header.created_ms, header.expiry_ms(ttl_s), entry.used_ms
+    )
+
+
+def listen(directory: Path) -> socket.socket:
+    """The owner's socket in its directory, whose path may be longer than a socket's: by a short way there."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        (directory / SOCKET).unlink(missing_ok=True)
+        listener.bind(f"/proc/self/fd/{folder}/{SOCKET}")
+        os.chmod(directory / SOCKET, 0o600)
+        listener.listen(_BACKLOG)
+    finally:
+        os.close(folder)
+    return listener
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Own the database of a directory until nobody wants it; 0 too if somebody owns it already."""
+    parser = argparse.ArgumentParser(prog="vcache tier owner", description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--capacity-bytes", type=int, required=True)
+    parser.add_argument("--ttl-s", type=float, default=0.0)
+    parser.add_argument("--idle-s", type=float, default=TIER_OWNER_IDLE_S, help="0: never end by itself")
+    options = parser.parse_args(arguments)
+    logs.configure("info", "text", None)
+    lock = OwnerLock(options.directory / LOCK)
+    if not lock.try_acquire():
+        return 0
+    database = Database(options.directory, options.capacity_bytes, options.ttl_s, time.time)
+    try:
+        owner = Owner(database, listen(options.directory), options.idle_s)
+        signal.signal(signal.SIGTERM, owner.stop)
+        signal.signal(signal.SIGINT, owner.stop)
+        _log.info(Line("owns the database", directory=str(options.directory), records=len(database)))
+        owner.run()
+        (options.directory / SOCKET).unlink(missing_ok=True)
+    finally:
+        database.close()
+        lock.release()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

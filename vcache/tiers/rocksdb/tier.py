@@ -1,0 +1,341 @@
+"""`RocksTier`: an engine's side of the database on the local SSD."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import msgspec
+
+from vcache.errors import ArgumentError, EngineClosed, RemoteProtocolError, Unavailable
+from vcache.limits import (
+    KEY_BYTES,
+    KEYS_PER_REQUEST_MAX,
+    MIB,
+    RECORD_HEADER_BYTES,
+    TIER_CONNECTIONS_MAX,
+    TIER_LIST_MAX,
+    TIER_OWNER_START_S,
+    TIER_OWNER_TRY_INTERVAL_S,
+    TIER_PACKET_BYTES_MAX,
+)
+from vcache.logs import Line
+from vcache.tiers.base import Found
+from vcache.tiers.record import Flaw, flaw_of, has_expired, header_for, read_header
+from vcache.tiers.rocksdb import staging
+from vcache.tiers.rocksdb.messages import (
+    PROTOCOL,
+    Clear,
+    Contains,
+    Done,
+    Get,
+    Got,
+    Hello,
+    Listing,
+    Put,
+    Refused,
+    Remove,
+    Reply,
+    Request,
+    Row,
+    Rows,
+    State,
+    Status,
+    Sync,
+    TryAgain,
+)
+from vcache.tiers.rocksdb.owner import SOCKET
+from vcache.tiers.rocksdb.spawn import private_directory, start_owner
+
+if TYPE_CHECKING:
+    import torch
+
+_log = logging.getLogger(__name__)
+
+_STAGING_MIN: Final = KEYS_PER_REQUEST_MAX * KEY_BYTES + MIB
+"""All keys of one request fit, and any small chunk: a link for keys mostly does for chunks too."""
+
+_AGAIN_S: Final = 0.01
+"""How long a put waits when the disk does not keep up: a write of some megabytes."""
+
+_decoder: Final = msgspec.msgpack.Decoder(Reply)
+
+ReplyType = TypeVar("ReplyType")
+
+
+class _Link:
+    """One connection to the owner, used by one thread at a time."""
+
+    def __init__(self, directory: Path, hello: Hello, wait_s: float) -> None:
+        self.staging, fd = staging.made(hello.staging_bytes)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        try:
+            self._socket.settimeout(wait_s)
+            self._dial(directory)
+            hello = msgspec.structs.replace(hello, staging_bytes=self.staging.size)
+            socket.send_fds(self._socket, [msgspec.msgpack.encode(hello)], [fd])
+            self.expect(self._receive(), Done)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            os.close(fd)
+
+    def _dial(self, directory: Path) -> None:
+        folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._socket.connect(f"/proc/self/fd/{folder}/{SOCKET}")
+        finally:
+            os.close(folder)
+
+    def ask(self, request: Request, deadline_s: float) -> Reply:
+        """One exchange; `deadline_s` on the monotonic clock. After any exception the link is of no use."""
+        self._socket.settimeout(max(deadline_s - time.monotonic(), 1e-3))
+        self._socket.send(msgspec.msgpack.encode(request))
+        return self._receive()
+
+    def _receive(self) -> Reply:
+        packet = self._socket.recv(TIER_PACKET_BYTES_MAX)
+        if not packet:
+            raise ConnectionResetError("the owner of the database has gone")
+        reply: Reply = _decoder.decode(packet)
+        return reply
+
+    @staticmethod
+    def expect(reply: Reply, wanted: type[ReplyType]) -> ReplyType:
+        """The reply, if it is what is wanted. Raises Unavailable, RemoteProtocolError."""
+        if isinstance(reply, Refused):
+            raise Unavailable(reply.why)
+        if not isinstance(reply, wanted):
+            raise RemoteProtocolError(f"got {type(reply).__name__}, wanted {wanted.__name__}")
+        return reply
+
+    def close(self) -> None:
+        self._socket.close()
+        self.staging.close()
+
+
+class RocksTier:
+    """Chunks on a local SSD, in the database of `directory`. Thread-safe; a call returns by its deadline.
+
+    The database belongs to a process of its own, started by whoever needs it first; every engine that names
+    the directory shares it, and the newest engine's settings count. capacity_bytes: of all records; the least
+    recently used go first. ttl_s: age at which a record expires, also one of before; 0: none. deadline_s: of
+    one call. clock: seconds since 1970. own_settings: False leaves the owner's settings as they are.
+
+    Raises ConfigError for a directory that is not private, ArgumentError.
+    """
+
+    name: Final = "rocksdb"
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        capacity_bytes: int,
+        ttl_s: float = 0.0,
+        deadline_s: float = 5.0,
+        clock: Callable[[], float] = time.time,
+        own_settings: bool = True,
+    ) -> None:
+        if capacity_bytes < MIB:
+            raise ArgumentError("capacity_bytes", capacity_bytes, f"at least {MIB}")
+        self._directory = private_directory(
+            Path(directory).expanduser().absolute(), "tiers.rocksdb.directory"
+        )
+        self._capacity_bytes = capacity_bytes
+        self._ttl_s = ttl_s
+        self._told_bytes = capacity_bytes if own_settings else 0
+        self._deadline_s = deadline_s
+        self._clock = clock
+        self._idle: list[_Link] = []
+        self._guard = threading.Lock()
+        self._is_closed = False
+        self._tried_s = -TIER_OWNER_TRY_INTERVAL_S
+        self._never = threading.Event()
+        self._start()
+
+    # -- the tier
+
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        """Say of each key whether its chunk is here."""
+        found: list[bool] = []
+        for begin in range(0, len(keys), KEYS_PER_REQUEST_MAX):
+            part = keys[begin : begin + KEYS_PER_REQUEST_MAX]
+            with self._linked() as (link, deadline_s):
+                _stage(link, part)
+                link.expect(link.ask(Contains(len(part)), deadline_s), Done)
+                found += [bool(flag) for flag in bytes(link.staging.view[: len(part)])]
+        return found
+
+    def get(self, key: bytes, into: torch.Tensor, layout: bytes) -> Found | None:
+        """Fill `into` with the chunk of `key`; a record that is not exactly that is deleted."""
+        with self._linked(RECORD_HEADER_BYTES + into.numel()) as (link, deadline_s):
+            got = link.expect(link.ask(Get(key, layout), deadline_s), Got)
+            if not got.size:
+                return None
+            flaw = self._read(link.staging.view, got.size, key, into, layout)
+            if flaw is None:
+                return (
+                    None if has_expired(got.expires_ms, int(self._clock() * 1000)) else Found(got.expires_ms)
+                )
+            _log.warning(Line("a record is deleted", tier=self.name, key=key.hex(), flaw=flaw.value))
+            _stage(link, [key])
+            link.expect(link.ask(Remove(1), deadline_s), Done)
+        return None
+
+    def _read(
+        self, staged: memoryview, size: int, key: bytes, into: torch.Tensor, layout: bytes
+    ) -> Flaw | None:
+        """Copy a staged record's chunk; what is wrong with it."""
+        if size != RECORD_HEADER_BYTES + into.numel():
+            return Flaw.LENGTH
+        header = read_header(bytes(staged[:RECORD_HEADER_BYTES]))
+        if isinstance(header, Flaw):
+            return header
+        target = into.numpy()
+        target[:] = _array(staged, RECORD_HEADER_BYTES, size)
+        return flaw_of(header, key, layout, target)  # of what we have now, not of what is still shared
+
+    def put(self, key: bytes, chunk: torch.Tensor, layout: bytes, expires_ms: int = 0) -> bool:
+        """Keep a copy of `chunk`, or not: room decides. A disk that is busy is waited for."""
+        source = chunk.numpy()
+        size = RECORD_HEADER_BYTES + len(source)
+        with self._linked(size) as (link, deadline_s):
+            header = header_for(key, layout, source, int(self._clock() * 1000), expires_ms)
+            link.staging.view[:RECORD_HEADER_BYTES] = header.pack()
+            _array(link.staging.view, RECORD_HEADER_BYTES, size)[:] = source
+            while True:
+                reply = link.ask(Put(size), deadline_s)
+                if not isinstance(reply, TryAgain):
+                    return bool(link.expect(reply, Done).count)
+                if time.monotonic() + _AGAIN_S > deadline_s:
+                    raise Unavailable("the disk does not keep up")
+                self._never.wait(_AGAIN_S)
+
+    def remove(self, keys: Sequence[bytes]) -> int:
+        """Forget these chunks; how many there were."""
+        removed = 0
+        for begin in range(0, len(keys), KEYS_PER_REQUEST_MAX):
+            part = keys[begin : begin + KEYS_PER_REQUEST_MAX]
+            with self._linked() as (link, deadline_s):
+                _stage(link, part)
+                removed += link.expect(link.ask(Remove(len(part)), deadline_s), Done).count
+        return removed
+
+    def clear(self) -> None:
+        """Forget all chunks."""
+        with self._linked() as (link, deadline_s):
+            link.expect(link.ask(Clear(), deadline_s), Done)
+
+    def close(self) -> None:
+        """Let go of the owner, which ends when nobody is left."""
+        with self._guard:
+            self._is_closed = True
+        self._never.set()
+        self._drop_idle()
+
+    def _drop_idle(self) -> None:
+        with self._guard:
+            idle, self._idle = self._idle, []
+        for link in idle:
+            link.close()
+
+    # -- for people and tests
+
+    def sync(self) -> bool:
+        """Have everything on the disk: it survives a kill from now on."""
+        with self._linked() as (link, deadline_s):
+            return bool(link.expect(link.ask(Sync(), deadline_s), Done).count)
+
+    def state(self) -> State:
+        """How the owner is."""
+        with self._linked() as (link, deadline_s):
+            return link.expect(link.ask(Status(), deadline_s), State)
+
+    def rows(self) -> Iterator[Row]:
+        """Every record, in the order of keys."""
+        after = b""
+        while True:
+            with self._linked() as (link, deadline_s):
+                rows = link.expect(link.ask(Rows(after, TIER_LIST_MAX), deadline_s), Listing).rows
+            yield from rows
+            if len(rows) < TIER_LIST_MAX:
+                return
+            after = rows[-1].key
+
+    # -- links
+
+    @contextmanager
+    def _linked(self, size: int = 0) -> Iterator[tuple[_Link, float]]:
+        """A link with that much staging, and the deadline. A link on which something went wrong is closed."""
+        deadline_s = time.monotonic() + self._deadline_s
+        link = self._take(size, deadline_s)
+        try:
+            yield link, deadline_s
+        except BaseException as error:
+            link.close()
+            if isinstance(error, ConnectionError):  # the others lead to the same owner, who has gone
+                self._drop_idle()
+            raise
+        with self._guard:
+            if not self._is_closed and len(self._idle) < TIER_CONNECTIONS_MAX:
+                self._idle.append(link)
+                return
+        link.close()
+
+    def _take(self, size: int, deadline_s: float) -> _Link:
+        with self._guard:
+            if self._is_closed:
+                raise EngineClosed(f"tier {self.name!r} is closed")
+            fitting = [link for link in self._idle if link.staging.size >= size]
+            if fitting:
+                self._idle.remove(fitting[-1])
+                return fitting[-1]
+        hello = Hello(PROTOCOL, max(size, _STAGING_MIN), self._told_bytes, self._ttl_s)
+        while True:
+            try:
+                return _Link(self._directory, hello, max(deadline_s - time.monotonic(), 1e-3))
+            except (FileNotFoundError, ConnectionRefusedError, ConnectionResetError) as error:
+                self._start()
+                if time.monotonic() + _AGAIN_S > deadline_s:
+                    raise Unavailable(f"no owner of {self._directory} answers") from error
+                self._never.wait(_AGAIN_S)
+
+    def _start(self) -> None:
+        with self._guard:
+            now_s = time.monotonic()
+            if self._is_closed or now_s - self._tried_s < TIER_OWNER_TRY_INTERVAL_S:
+                return
+            self._tried_s = now_s
+        if start_owner(self._directory, self._capacity_bytes, self._ttl_s):
+            _log.info(Line("started the owner of a database", directory=str(self._directory)))
+
+    def wait_ready(self, timeout_s: float = TIER_OWNER_START_S) -> bool:
+        """Wait until the owner answers; whether it does."""
+        deadline_s = time.monotonic() + timeout_s
+        while time.monotonic() < deadline_s:
+            try:
+                self.state()
+                return True
+            except (Unavailable, OSError):
+                self._never.wait(_AGAIN_S)
+        return False
+
+
+def _stage(link: _Link, keys: Sequence[bytes]) -> None:
+    packed = b"".join(keys)
+    link.staging.view[: len(packed)] = packed
+
+
+def _array(staged: memoryview, begin: int, end: int) -> Any:
+    import numpy as np
+
+    return np.frombuffer(staged[begin:end], np.uint8)
