@@ -94,10 +94,30 @@ class Pool:
             )
         return reservation
 
-    def commit(self, extents: Extents, keys: Sequence[bytes], sizes: Sequence[int], lineage: int) -> bytes:
-        """Make written extents visible; an `Outcome` for each, none if that failed. They are ours no more."""
-        commit = self._client.commit
-        outcomes = self._ask(lambda: commit(extents, keys, sizes, namespace=self._namespace), b"")
+    def reserve_blank(self, count: int, size: int) -> Reservation | None:
+        """The right to write `count` extents of `size` bytes whose keys come later, as far as they fit."""
+        near = self._near()
+        ask = self._client.reserve_blank
+        reservation = self._ask(lambda: ask(count, layout=self._fingerprint, size=size, near=near), None)
+        if reservation is not None and not len(reservation.extents):
+            self._counters.failed(Cause.FULL_POOL, "no room for a chunk", chunk_bytes=size)
+        return reservation
+
+    def commit(
+        self,
+        extents: Extents,
+        keys: Sequence[bytes],
+        sizes: Sequence[int],
+        lineage: int,
+        *,
+        keep_lost: bool = False,
+    ) -> bytes:
+        """Make written extents visible; an `Outcome` for each, none if that failed. They are ours no more.
+
+        keep_lost: those whose key somebody else's copy has taken stay ours, to be written anew.
+        """
+        commit = partial(self._client.commit, namespace=self._namespace, keep_lost=keep_lost)
+        outcomes = self._ask(lambda: commit(extents, keys, sizes), b"")
         epoch = self._client.epoch
         if outcomes and epoch and self._described_to != epoch:  # a restarted server has forgotten the names
             self._described_to = epoch
@@ -113,7 +133,22 @@ class Pool:
         if len(extents):
             self._client.abort(extents)
 
+    # -- forgetting
+
+    def remove(self, keys: Sequence[bytes]) -> int:
+        """Forget chunks; how many were there."""
+        return self._ask(lambda: self._client.remove(keys), 0)
+
+    def clear(self) -> int:
+        """Forget all chunks of this model; how many there were."""
+        return self._ask(lambda: self._client.clear(self._namespace), 0)
+
     # -- memory
+
+    def capacity_bytes(self) -> int:
+        """Bytes of all segments that have a holder now; 0 if that is not to be had."""
+        stats = self._ask(self._client.stats, None)
+        return 0 if stats is None else sum(row.size for row in stats.segments if row.held)
 
     @contextmanager
     def borrowed(
