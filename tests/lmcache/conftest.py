@@ -1,0 +1,20 @@
+"""Without LMCache these tests are left out; `make test-lmcache` makes an environment that has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import pytest
+
+from tests.processes.pool import Pool
+
+collect_ignore_glob = [] if find_spec("lmcache") else ["*.py"]
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    """A pool of real processes, its server running."""
+    with Pool() as pool:
+        pool.start_server()
+        yield pool
