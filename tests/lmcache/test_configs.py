@@ -137,8 +137,6 @@ def listen(child: Any) -> None:
 
 
 def test_engines_that_hash_differently_are_both_warned(pool: Pool) -> None:
-    from lmcache.utils import CacheEngineKey  # noqa: F401  # so that a missing LMCache says so here
-
     workers = []
     for number in range(2):
         worker = pool.start_worker()

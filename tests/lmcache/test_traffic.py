@@ -18,7 +18,7 @@ PROMPTS = 40
 
 
 def traffic(child: Any, seed: int, duration_s: float) -> dict[str, int]:
-    """Eight threads store, look up, retrieve and remove prompts that share prefixes; counts of what happened."""
+    """Eight threads store, look up, retrieve and remove prompts that share prefixes; what happened."""
     counts = {"stored": 0, "hits": 0, "wrong": 0, "removed": 0, "pinned": 0}
     errors: list[BaseException] = []
     guard = threading.Lock()
