@@ -110,7 +110,8 @@ class _Groups:
             )
             for count in layers
         ]
-        self.num_kernel_groups = len(layers)
+        self.num_kernel_groups = self.num_groups = len(layers)
+        self.kv_layer_groups = self.kernel_groups  # its name before 0.5
 
 
 class _Answers:
