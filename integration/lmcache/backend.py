@@ -88,7 +88,7 @@ def _nones(keys: Any) -> list[None]:
     return [None] * len(keys or ())
 
 
-class VCacheStorageBackend(StoragePluginInterface, AllocatorBackendInterface):  # type: ignore[misc]
+class VCacheStorageBackend(StoragePluginInterface, AllocatorBackendInterface):
     """LMCache's storage backend over the pool. Thread-safe.
 
     Only the constructor raises (ConfigError, SegmentError: LMCache logs it and goes on without the backend).

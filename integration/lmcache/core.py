@@ -75,7 +75,10 @@ class Core:
 
     def _wait_for_room(self) -> None:
         """Wait for the server, if there is one, and for our own segment: populating gigabytes takes seconds."""
-        if not self.client.wait_connected(self.config.client.connect_timeout_ms / 1e3) and self.client.connected:
+        if (
+            not self.client.wait_connected(self.config.client.connect_timeout_ms / 1e3)
+            and self.client.connected
+        ):
             self.client.wait_connected(SEGMENT_WAIT_S)
 
     @property

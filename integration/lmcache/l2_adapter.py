@@ -75,7 +75,7 @@ class _Tasks:
                 os.close(fd)
 
 
-class VCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # lmcache is not there where types are checked
+class VCacheL2Adapter(L2AdapterInterface):
     """LMCache's L2 adapter over the pool. Thread-safe; only the constructor raises.
 
     params: `vcache.…` settings as in `extra_config` of the plugin, and `model`, the name under which

@@ -19,7 +19,7 @@ from vcache.engine.forms import Form, dtype_of
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
-class PoolView(TensorMemoryObj):  # type: ignore[misc]  # lmcache is not there where types are checked
+class PoolView(TensorMemoryObj):
     """One part of a chunk, to be written or to be read, with a reference count of its own.
 
     `ended` is called once, when both counts (references, pins) have come to zero, in whichever thread that
@@ -84,7 +84,7 @@ class PoolView(TensorMemoryObj):  # type: ignore[misc]  # lmcache is not there w
             self.end()
 
 
-class PoolMemory(MemoryAllocatorInterface):  # type: ignore[misc]
+class PoolMemory(MemoryAllocatorInterface):
     """What LMCache knows as the allocator of `PoolView`s.
 
     allocate_parts: called for `allocate` and `batched_allocate`: (form, count) → views, or None.

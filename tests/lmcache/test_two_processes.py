@@ -13,8 +13,6 @@ from tests.processes.pool import Pool
 TOKENS = 10 * engine.CHUNK_TOKENS
 
 
-pytestmark = pytest.mark.contract
-
 WAYS: dict[str, dict[str, Any]] = {
     "sync": {},
     "async": {"enable_async_loading": True},
@@ -24,7 +22,9 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("position", ["primary", "beside", "staged"])
+@pytest.mark.parametrize(
+    "position", [pytest.param("primary", marks=pytest.mark.contract), "beside", "staged"]
+)
 @pytest.mark.parametrize("way", WAYS)
 def test_one_stores_and_another_loads(pool: Pool, position: str, way: str) -> None:
     writer = engine.start(pool, position, size="8MiB", **WAYS[way])

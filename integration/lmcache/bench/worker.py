@@ -116,7 +116,7 @@ class Subject:
 def _connector() -> Any:
     from lmcache.v1.gpu_connector.gpu_connectors import GPUConnectorInterface
 
-    class HostConnector(GPUConnectorInterface):  # type: ignore[misc]
+    class HostConnector(GPUConnectorInterface):
         """Paged KV in host memory: a copy for each layer of a chunk, whatever memory the chunk is in."""
 
         def get_shape(self, num_tokens: int) -> torch.Size:

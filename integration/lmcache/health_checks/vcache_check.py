@@ -10,7 +10,7 @@ from lmcache.v1.health_monitor.constants import FallbackPolicy
 from integration.lmcache.backend import VCacheStorageBackend
 
 
-class VCacheHealthCheck(HealthCheck):  # type: ignore[misc]  # lmcache is not there where types are checked
+class VCacheHealthCheck(HealthCheck):
     """Unhealthy while there is no server: LMCache then passes this backend over, not the others."""
 
     def __init__(self, backend_name: str, backend: VCacheStorageBackend) -> None:
