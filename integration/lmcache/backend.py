@@ -125,30 +125,29 @@ class VCacheStorageBackend(StoragePluginInterface, AllocatorBackendInterface):
 
     def _shared_core(self, layout: KVLayout) -> Core:
         """The core of the backend that this one takes the place of, or a new one."""
-        known = _cores.get(self.loop) if self.loop is not None else None
-        if known is not None and not known.closed:
-            known.owner = self
-            return known
         config, metadata = self.config, self.metadata
-        hashes = fingerprint(config, metadata)
-        name = session_name(f"{metadata.role or 'worker'}-{metadata.worker_id}", metadata.model_name, hashes)
-        core = Core(
-            config.extra_config,
-            layout=layout,
-            model=metadata.model_name,
-            name=name,
-            lends=self.position is not Position.QUERY,
-        )
+        core = _cores.get(self.loop) if self.loop is not None else None
+        if core is None or core.closed:
+            hashes = fingerprint(config, metadata)
+            role = f"{metadata.role or 'worker'}-{metadata.worker_id}"
+            core = Core(
+                config.extra_config,
+                layout=layout,
+                model=metadata.model_name,
+                name=session_name(role, metadata.model_name, hashes),
+                lends=self.position is not Position.QUERY,
+            )
+            if self.loop is not None:
+                _cores[self.loop] = core
         core.owner = self
-        comparison = Comparison(name, config.pre_caching_hash_algorithm)
+        comparison = Comparison(core.name, config.pre_caching_hash_algorithm)
 
-        def compare() -> None:
+        def look_after() -> None:
+            self._memory.sweep()
             if core.client.connected:
                 comparison.look(core.client.stats().sessions)
 
-        core.on_turn = compare
-        if self.loop is not None:
-            _cores[self.loop] = core
+        core.on_turn = look_after
         return core
 
     def __str__(self) -> str:
@@ -166,7 +165,9 @@ class VCacheStorageBackend(StoragePluginInterface, AllocatorBackendInterface):
         if pin or self._layers == 0 or self.position is Position.QUERY:
             return bool(self.batched_contains([key], pin))
         place = self._keys.place(key)
-        holds = self._core.chunks.take_prefix([place.key], self._whole_bytes)
+        holds = (
+            [] if self._core.promises.full else self._core.chunks.take_prefix([place.key], self._whole_bytes)
+        )
         if not holds:
             return False
         self._promise(place.key, holds)
@@ -459,6 +460,7 @@ class VCacheStorageBackend(StoragePluginInterface, AllocatorBackendInterface):
     def _allocate(self, form: Form, count: int) -> list[PoolView] | None:
         if self.position is Position.QUERY:
             return None
+        self._memory.sweep()
         core = self._core
         if self._layers and count == self._layers:
             form = Form(form.shapes, form.dtypes, form.kind, count)
@@ -486,6 +488,7 @@ class VCacheStorageBackend(StoragePluginInterface, AllocatorBackendInterface):
     @_otherwise(lambda _: {})
     def get_stats(self) -> dict[str, int | float | str]:
         """What happened so far, and what there is now."""
+        self._memory.sweep()
         return {**self._core.stats(), "position": self.position.value, "failures": self._failures}
 
     @property
@@ -502,6 +505,7 @@ class VCacheStorageBackend(StoragePluginInterface, AllocatorBackendInterface):
             partial_drafts, self._partial = list(self._partial.values()), {}
         for draft in partial_drafts:
             self._abandon(draft)
+        self._memory.sweep()
         self._core.close()
 
     def _abandon(self, draft: Draft) -> None:

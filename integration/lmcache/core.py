@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from vcache.errors import LocalStateError, ServerError, Unavailable
 from vcache.layout import KVLayout
 from vcache.limits import KEEPER_INTERVAL_S, SEGMENT_WAIT_S
 from vcache.logs import Line
+from vcache.segment import parse_device
 
 _log = logging.getLogger("vcache.integration.lmcache")
 
@@ -45,6 +47,7 @@ class Core:
         settings = read(given, **({} if lends else {"segment.size": 0}))
         config = settings.config
         self.config = config
+        self.name = name
         self.counters = Counters()
         self.pins = Pins()
         self.promises = Promises()
@@ -64,7 +67,7 @@ class Core:
             counters=self.counters,
             tiers=settings.tiers,
             tier_queue_chunks=config.engine.tier_queue_chunks,
-            synchronise=_synchronise if config.device.startswith("cuda") else _nothing_to_wait_for,
+            synchronise=_synchroniser(config.device),
         )
         self.owner: object = None
         self.on_turn: Callable[[], None] = _nothing_to_wait_for
@@ -74,7 +77,7 @@ class Core:
         self._wait_for_room()
 
     def _wait_for_room(self) -> None:
-        """Wait for the server, if there is one, and for our own segment: populating gigabytes takes seconds."""
+        """Wait for the server, if there is one, and for our own segment: gigabytes take seconds."""
         if (
             not self.client.wait_connected(self.config.client.connect_timeout_ms / 1e3)
             and self.client.connected
@@ -129,10 +132,13 @@ class Core:
                 _log.exception("the keeper failed; it goes on")
 
 
-def _synchronise() -> None:
+def _synchroniser(device: str) -> Callable[[], None]:
+    kind, number = parse_device(device)
+    if kind != "cuda":
+        return _nothing_to_wait_for
     # LMCache does not say on which of its streams it wrote, and does not wait for it where the target is on
     # the GPU.
-    torch.cuda.synchronize()
+    return partial(torch.cuda.synchronize, number)
 
 
 def _nothing_to_wait_for() -> None:

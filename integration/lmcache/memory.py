@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from lmcache.v1.memory_management import (
 )
 
 from vcache.engine.forms import Form, dtype_of
+from vcache.logs import Line
+
+_log = logging.getLogger("vcache.integration.lmcache")
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
@@ -49,7 +54,7 @@ class PoolView(TensorMemoryObj):
             dtypes=dtypes,
         )
         super().__init__(raw, metadata, parent)
-        self.lock = threading.RLock()  # `ended` runs under it, and must not wait for itself in a finaliser
+        self.lock = threading.RLock()  # LMCache's own `unpin` takes it, too
         self.draft = draft
         self.part = part
         self._ended: Callable[[], None] | None = ended
@@ -79,6 +84,13 @@ class PoolView(TensorMemoryObj):
             self.raw_data = _NOTHING
         ended()
 
+    def __del__(self) -> None:
+        # A finaliser runs wherever memory is being allocated, perhaps under the very lock that `ended` takes.
+        ended = getattr(self, "_ended", None)
+        if ended is not None:
+            self._ended = None
+            self.parent_allocator.abandoned.put(ended)
+
     def _end_if_unused(self) -> None:
         if self.meta.ref_count == 0 and self.meta.pin_count == 0:
             self.end()
@@ -87,11 +99,23 @@ class PoolView(TensorMemoryObj):
 class PoolMemory(MemoryAllocatorInterface):
     """What LMCache knows as the allocator of `PoolView`s.
 
-    allocate_parts: called for `allocate` and `batched_allocate`: (form, count) → views, or None.
+    allocate_views: called for `allocate` and `batched_allocate`: (form, count) → views, or None.
+    abandoned: ends of views that became garbage without having been given back; `sweep` calls them.
     """
 
     def __init__(self, allocate_views: Callable[[Form, int], list[PoolView] | None]) -> None:
         self._allocate_views = allocate_views
+        self.abandoned: SimpleQueue[Callable[[], None]] = SimpleQueue()  # its `put` may interrupt itself
+
+    def sweep(self) -> None:
+        """End what was abandoned; in a thread that holds no lock."""
+        while True:
+            try:
+                ended = self.abandoned.get_nowait()
+            except Empty:
+                return
+            _log.warning(Line("LMCache dropped memory without giving it back"))
+            ended()
 
     def allocate(
         self,
