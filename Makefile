@@ -42,6 +42,11 @@ PYTHON_VLLM ?= $(shell for python in python3.11 python3.12 python3.13 python3; d
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$python && break; \
 	done)
 
+# `make test-lmcache` has environments of its own: what LMCache needs must not reach the others.
+LMCACHE_VERSIONS ?= 0.5.6 0.4.7
+LMCACHE_NEEDS := msgspec pyzmq pyyaml rich pytest pytest-timeout hypothesis
+LMCACHE_PYTEST ?=
+
 GPU_VENV := .venv-gpu
 GPU_NEEDS := benchmarks/gpu/requirements.txt
 GPU_PYTHON ?= $(shell for python in python3 python python3.12 python3.13 python3.11 python3.10; do \
@@ -54,10 +59,10 @@ PYTHON_VERSION ?= 3.12
 MACHINE ?= x86_64
 LMCACHE ?=
 
-.PHONY: help demo test test-tiers bench gpu wheels lint clean demo-vllm test-vllm bench-vllm
+.PHONY: help demo test test-tiers bench gpu wheels lint clean demo-vllm test-vllm bench-vllm test-lmcache
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(STAMP) ## two workers share the KV of a real transformer through the pool
 	TIER=$(TIER) $(BIN)/python -m demo
@@ -98,8 +103,14 @@ test-vllm: $(VLLM_STAMP) ## the connector's tests, with real vLLM on CPUs
 bench-vllm: $(VLLM_STAMP) ## time to the first token beside vLLM's own prefix cache and peers
 	$(VLLM_BIN)/python -m benchmarks.vllm_ttft
 
+test-lmcache: ## tests with real LMCache, each version in an environment of its own
+	@[ -n "$(PYTHON)" ] || { echo "no Python 3.10 to 3.13 here: install one, or name it: make PYTHON=…" >&2; exit 1; }
+	@$(foreach version,$(LMCACHE_VERSIONS),$(call make_lmcache_venv,$(version));)
+	$(foreach version,$(LMCACHE_VERSIONS),.venv-lmcache-$(version)/bin/python -m pytest -q tests/lmcache $(LMCACHE_PYTEST) \
+		$(if $(filter-out $(firstword $(LMCACHE_VERSIONS)),$(version)),-m contract) &&) true
+
 clean: ## remove .venv, caches and builds
-	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) .venv-lmcache-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A plain `pip install torch` brings gigabytes of CUDA libraries. With a GPU that is right. Without one we ask for
@@ -127,6 +138,16 @@ platforms = $(foreach tag,2_34 2_31 2_28 2_27 2_26 2_24 2_17,--platform manylinu
 	--platform manylinux2014_$(MACHINE)
 download = $(PYTHON) -m pip download -q --disable-pip-version-check --dest $(WHEELS) --only-binary=:all: \
 	--implementation cp --python-version $(PYTHON_VERSION) $(platforms)
+
+# LMCache drags in torchvision and the like where its CUDA builds are; they do not fit another torch.
+define make_lmcache_venv
+[ -e .venv-lmcache-$(1)/.installed ] || { echo "installing lmcache $(1) into .venv-lmcache-$(1): minutes, once"; \
+$(PYTHON) -m venv .venv-lmcache-$(1) >/dev/null && pip=".venv-lmcache-$(1)/bin/python -m pip -q --disable-pip-version-check" \
+&& { $$pip install torch==$(TORCH_VERSION)+cpu 2>/dev/null || $$pip install torch==$(TORCH_VERSION); } \
+&& $$pip install torch==$(TORCH_VERSION) lmcache==$(1) $(LMCACHE_NEEDS) \
+&& $$pip uninstall -y torchvision torchaudio torchcodec && $$pip install --no-deps -e . \
+&& touch .venv-lmcache-$(1)/.installed; }
+endef
 
 # The interpreter that has torch may live in an environment of its own, whose packages --system-site-packages does not
 # show: a .pth file names them. pip comes with them, or is lent by that interpreter.

@@ -321,3 +321,43 @@ for seconds if there is none.
 
 MOONCAKE_FULL_PAUSES_S: Final = (0.01, 0.02, 0.04, 0.08, 0.16)
 """Pauses between tries to put where there was no room: eviction runs behind, and takes about 10 ms."""
+
+FORM_BYTES: Final = 1 * KIB
+"""What says in a chunk's end which tensors it holds: twenty groups of layers, 0.003 % of a usual chunk."""
+
+PART_ALIGN_BYTES: Final = 256
+"""Where the tensors of one chunk begin: aligned for every element type and for a GPU's widest access."""
+
+PARTS_MAX: Final = 4_096
+"""Tensors in one chunk: more layers than a model has."""
+
+STOCK_REFILL_EXTENTS: Final = 8
+"""Extents that an allocator's stock asks for at once: a prompt's chunks cost one request in eight."""
+
+STOCK_BYTES_MAX: Final = 256 * MIB
+"""Extents that wait in a stock: a refill of the largest usual chunks; nobody else can use them."""
+
+PROMISE_S: Final = 30.0
+"""How long what a lookup found stays pinned for a load that has not come: ten times
+LMCache's timeout of a lookup.
+"""
+
+PROMISES_MAX: Final = 1_024
+"""Lookups whose load has not come yet: beyond it they are misses, or a flood of them would pin the pool."""
+
+READS_IN_FLIGHT_MAX: Final = 32
+"""Lookups and loads that an event loop may have under way: what comes beyond is a miss at once, for it
+would wait longer than whoever asked does.
+"""
+
+READ_THREADS: Final = 2
+"""Threads for them: one waits for a lower tier while another answers from the pool."""
+
+PARTIAL_CHUNKS_MAX: Final = 1_024
+"""Chunks of which some layers have been stored: the longest prompts of some requests at a time."""
+
+SEGMENT_WAIT_S: Final = 60.0
+"""How long a plugin waits at its start for its own segment: tens of gigabytes are populated."""
+
+KEEPER_INTERVAL_S: Final = 2.0
+"""How often a plugin looks for promises that ran out and for engines whose hashes differ."""

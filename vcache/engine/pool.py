@@ -94,6 +94,15 @@ class Pool:
             )
         return reservation
 
+    def reserve_blank(self, count: int, size: int) -> Reservation | None:
+        """The right to write `count` extents of `size` bytes whose keys come later, as far as they fit."""
+        near = self._near()
+        ask = self._client.reserve_blank
+        reservation = self._ask(lambda: ask(count, layout=self._fingerprint, size=size, near=near), None)
+        if reservation is not None and not len(reservation.extents):
+            self._counters.failed(Cause.FULL_POOL, "no room for a chunk", chunk_bytes=size)
+        return reservation
+
     def commit(
         self,
         extents: Extents,
@@ -102,15 +111,15 @@ class Pool:
         lineage: int,
         *,
         ttl_ms: int = -1,
+        keep_lost: bool = False,
     ) -> bytes:
         """Make written extents visible; an `Outcome` for each, none if that failed. They are ours no more.
 
-        ttl_ms: -1: as the server is configured.
+        ttl_ms: -1: as the server is configured. keep_lost: those whose key somebody else's copy has taken
+        stay ours, to be written anew.
         """
-        commit = self._client.commit
-        outcomes = self._ask(
-            lambda: commit(extents, keys, sizes, namespace=self._namespace, ttl_ms=ttl_ms), b""
-        )
+        commit = partial(self._client.commit, namespace=self._namespace, ttl_ms=ttl_ms, keep_lost=keep_lost)
+        outcomes = self._ask(lambda: commit(extents, keys, sizes), b"")
         epoch = self._client.epoch
         if outcomes and epoch and self._described_to != epoch:  # a restarted server has forgotten the names
             self._described_to = epoch
@@ -129,7 +138,7 @@ class Pool:
     # -- forgetting
 
     def remove(self, keys: Sequence[bytes]) -> int:
-        """Forget chunks; how many there were."""
+        """Forget chunks; how many were there."""
         return self._ask(lambda: self._client.remove(keys), 0)
 
     def clear(self) -> int:
@@ -137,6 +146,11 @@ class Pool:
         return self._ask(lambda: self._client.clear(self._namespace), 0)
 
     # -- memory
+
+    def capacity_bytes(self) -> int:
+        """Bytes of all segments that have a holder now; 0 if that is not to be had."""
+        stats = self._ask(self._client.stats, None)
+        return 0 if stats is None else sum(row.size for row in stats.segments if row.held)
 
     @contextmanager
     def borrowed(

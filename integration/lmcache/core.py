@@ -1,0 +1,145 @@
+"""One process' part in the pool, as both of LMCache's interfaces need it: session, segment, chunks, keys."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from integration.lmcache.promises import Pins, Promises
+from integration.lmcache.reads import Reads
+from integration.lmcache.settings import read
+from vcache.client import Client
+from vcache.engine.chunks import Chunks
+from vcache.engine.lending import Lending
+from vcache.engine.stats import Counters
+from vcache.errors import LocalStateError, ServerError, Unavailable
+from vcache.layout import KVLayout
+from vcache.limits import KEEPER_INTERVAL_S, SEGMENT_WAIT_S
+from vcache.logs import Line
+from vcache.segment import parse_device
+
+_log = logging.getLogger("vcache.integration.lmcache")
+
+
+class Core:
+    """A client, its chunks, and a thread that looks after them. Thread-safe.
+
+    name: of the session, for people and for other engines. lends: whether this process lends a segment.
+    on_turn: called by that thread every KEEPER_INTERVAL_S. owner: whose it is to close.
+    """
+
+    def __init__(
+        self,
+        given: Mapping[str, Any] | None,
+        *,
+        layout: KVLayout,
+        model: str,
+        name: str,
+        lends: bool = True,
+    ) -> None:
+        """Raises ConfigError for settings that are wrong, SegmentError for a segment that does not fit."""
+        settings = read(given, **({} if lends else {"segment.size": 0}))
+        config = settings.config
+        self.config = config
+        self.name = name
+        self.counters = Counters()
+        self.pins = Pins()
+        self.promises = Promises()
+        self._tiers = settings.tiers
+        self._lending = Lending(config)
+        try:
+            self.client = Client(config, name=name, new_segment=self._lending.source)
+        except BaseException:
+            self._lending.close()
+            raise
+        self.reads = Reads()
+        self.chunks = Chunks(
+            self.client,
+            layout=layout,
+            model=model,
+            device=config.device,
+            counters=self.counters,
+            tiers=settings.tiers,
+            tier_queue_chunks=config.engine.tier_queue_chunks,
+            synchronise=_synchroniser(config.device),
+        )
+        self.owner: object = None
+        self.on_turn: Callable[[], None] = _nothing_to_wait_for
+        self._ending = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, name="vcache-lmcache-keeper", daemon=True)
+        self._keeper.start()
+        self._wait_for_room()
+
+    def _wait_for_room(self) -> None:
+        """Wait for the server, if there is one, and for our own segment: gigabytes take seconds."""
+        if (
+            not self.client.wait_connected(self.config.client.connect_timeout_ms / 1e3)
+            and self.client.connected
+        ):
+            self.client.wait_connected(SEGMENT_WAIT_S)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._ending.is_set()
+
+    def stats(self) -> dict[str, int | float]:
+        """Counters and gauges, flat."""
+        return {
+            **self.counters.snapshot(),
+            **{f"client_{name}": count for name, count in self.client.counters.items()},
+            "connected": int(self.client.connected),
+            "drafts": self.chunks.drafts,
+            "held_chunks": self.chunks.held,
+            "stocked_extents": self.chunks.stocked,
+            "pins": len(self.pins),
+            "promises": len(self.promises),
+            "reads_in_flight": self.reads.in_flight,
+            "reads_in_flight_peak": self.reads.peak,
+            "reads_refused": self.reads.refused,
+            "tier_waiting_chunks": self.chunks.tier_waiting,
+        }
+
+    def close(self) -> None:
+        """Let go of everything and leave the pool. May be called again."""
+        if self._ending.is_set():
+            return
+        self._ending.set()
+        self._keeper.join()
+        self.reads.close()
+        self.chunks.drop_all(self.pins.take_all())
+        self.chunks.drop_all(self.promises.take_all())
+        self.chunks.close()
+        for tier in self._tiers:
+            tier.close()
+        self.client.close()
+        self._lending.close()
+
+    def _keep(self) -> None:
+        while not self._ending.wait(KEEPER_INTERVAL_S):
+            self.chunks.drop_all(self.promises.expired(time.monotonic()))
+            try:
+                self.on_turn()
+            except (Unavailable, ServerError, LocalStateError) as error:
+                _log.debug(Line("nothing to look at now", reason=str(error)))
+            except Exception:
+                _log.exception("the keeper failed; it goes on")
+
+
+def _synchroniser(device: str) -> Callable[[], None]:
+    kind, number = parse_device(device)
+    if kind != "cuda":
+        return _nothing_to_wait_for
+    # LMCache does not say on which of its streams it wrote, and does not wait for it where the target is on
+    # the GPU.
+    return partial(torch.cuda.synchronize, number)
+
+
+def _nothing_to_wait_for() -> None:
+    return

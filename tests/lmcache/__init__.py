@@ -1,0 +1,1 @@
+"""Tests with real LMCache; left out where it is not installed (`make test-lmcache` has it)."""

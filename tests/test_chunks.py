@@ -1,0 +1,248 @@
+"""Chunks that say what they hold: forms, drafts out of the stock, holds; with a real server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.client_pool import Pool, key, pool_in_memory
+from vcache.client import Client
+from vcache.engine.chunks import Chunks, Draft, Part
+from vcache.engine.forms import Form, decode
+from vcache.engine.stats import Counters
+from vcache.errors import ArgumentError, RemoteProtocolError
+from vcache.layout import KVLayout
+from vcache.limits import FORM_BYTES, PART_ALIGN_BYTES, STOCK_REFILL_EXTENTS
+from vcache.tiers import MemoryTier
+
+LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_size=8, dtype="float32", chunk_tokens=16)
+FORM = Form(((2, 3, 16), (5,)), ("float32", "uint8"), 7)
+LAYERS = Form(((16, 10),), ("bfloat16",), 3, 4)
+
+
+@pytest.mark.parametrize("form", [FORM, LAYERS])
+def test_a_form_is_read_as_it_was_written(form: Form) -> None:
+    end = form.encode()
+    assert len(end) == FORM_BYTES
+    assert decode(end, form.chunk_bytes) == form
+    assert form.stride % PART_ALIGN_BYTES == 0 and form.stride >= form.part_bytes
+    assert form.chunk_bytes == form.stride * form.parts + FORM_BYTES
+
+
+def test_parts_lie_beside_each_other() -> None:
+    chunk = torch.arange(LAYERS.chunk_bytes, dtype=torch.int64).to(torch.uint8)
+    parts = [LAYERS.part(chunk, number) for number in range(4)]
+    assert {part.numel() for part in parts} == {LAYERS.part_bytes}
+    begins = [part.data_ptr() - chunk.data_ptr() for part in parts]
+    assert begins == [number * LAYERS.stride for number in range(4)]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        Form((), (), 0),
+        Form(((2,),), ("float32", "uint8"), 0),
+        Form(((0, 4),), ("uint8",), 0),
+        Form(((1,),) * 900, ("uint8",) * 900, 0),
+        Form(((1 << 32,),), ("uint8",), 0),
+        Form(((1,),), ("uint8",), 0, 0),
+    ],
+)
+def test_a_form_that_cannot_be_is_refused(form: Form) -> None:
+    with pytest.raises((ArgumentError, ValueError)):
+        form.encode()
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        b"",
+        bytes(FORM_BYTES),
+        FORM.encode()[:-1],
+        b"x" + FORM.encode()[1:],
+        FORM.encode().replace(b"float32", b"flaot32"),
+        FORM.encode().replace(b"float32", b"Tensor_"),
+        FORM.encode()[:16] + b"\xff\xff\xff\xff" + FORM.encode()[20:],
+    ],
+)
+def test_what_a_peer_wrote_is_not_believed(end: bytes) -> None:
+    with pytest.raises(RemoteProtocolError):
+        decode(end, FORM.chunk_bytes)
+
+
+def test_a_form_of_another_length_is_not_believed() -> None:
+    with pytest.raises(RemoteProtocolError, match="of a chunk of"):
+        decode(FORM.encode(), FORM.chunk_bytes + 1)
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    with pool_in_memory() as pool:
+        pool.start()
+        yield pool
+
+
+def chunks_of(client: Client, **given: Any) -> Chunks:
+    return Chunks(client, layout=LAYOUT, model="m", device="shm:0", counters=Counters(), **given)
+
+
+def write(chunks: Chunks, numbers: list[int], form: Form = FORM) -> list[Draft]:
+    """Store a chunk under each number; its bytes follow from it."""
+    drafts = chunks.draft(form, len(numbers))
+    parts = []
+    for number, draft in zip(numbers, drafts, strict=False):
+        for at in range(form.parts):
+            draft.part(at).fill_((number * 7 + at) % 256)
+            parts.append(Part(draft, at, key(number)))
+    chunks.put(parts)
+    for part in parts:
+        chunks.free(part.draft, part.number)
+    return drafts
+
+
+def test_another_process_client_reads_what_was_written(pool: Pool) -> None:
+    writer, reader = chunks_of(pool.client(lends=1 << 20)), chunks_of(pool.client())
+    write(writer, [1, 2, 3])
+    write(writer, [4], LAYERS)
+    holds = reader.take([key(number) for number in (1, 9, 3, 4, 1)])
+    assert [hold is not None for hold in holds] == [True, False, True, True, True]
+    there = [hold for hold in holds if hold is not None]
+    forms = reader.forms(there)
+    assert forms == [FORM, FORM, LAYERS, FORM]
+    for hold, form, number in zip(there, forms, (1, 3, 4, 1), strict=True):
+        assert form is not None
+        for at in range(form.parts):
+            assert np.all(form.part(hold.chunk, at).numpy() == (number * 7 + at) % 256)
+    assert reader.held == 3 and there[0] is there[3]
+    reader.drop_all(holds)
+    assert reader.held == 0
+    writer.close()
+    reader.close()
+
+
+def test_a_chunk_is_there_when_its_last_part_is(pool: Pool) -> None:
+    chunks = chunks_of(pool.client(lends=1 << 20))
+    (draft,) = chunks.draft(LAYERS, 1)
+    for at in (2, 0, 3):
+        chunks.put([Part(draft, at, key(1))])
+        chunks.put([Part(draft, at, key(1))])  # again: nothing
+        assert chunks.count([key(1)]) == 0
+    chunks.put([Part(draft, 1, key(2))])  # of another chunk: nothing
+    assert chunks.count([key(2)]) == 0
+    chunks.put([Part(draft, 1, key(1))])
+    assert chunks.count([key(1)]) == 1
+    for at in (0, 1, 2, 3, 3, 0):
+        chunks.free(draft, at)
+    assert chunks.drafts == 0
+    chunks.close()
+
+
+def test_what_is_not_put_goes_back_to_the_stock_and_to_the_server(pool: Pool) -> None:
+    client = pool.client(lends=1 << 20)
+    chunks = chunks_of(client)
+    for draft in chunks.draft(FORM, 2):
+        chunks.free(draft, 0)
+        chunks.free(draft, 0)
+    assert chunks.stocked == 2 and client.counters["reserved"] == 2
+    drafts = chunks.draft(FORM, 3)  # two of the stock; a size that is asked for again is stocked up
+    assert client.counters["reserved"] == 2 + STOCK_REFILL_EXTENTS
+    for draft in drafts:
+        chunks.free(draft, 0)
+    chunks.drain()
+    assert chunks.stocked == client.counters["reserved"] == 0
+    client.check()
+
+
+def test_the_loser_of_a_key_gets_its_extent_back(pool: Pool) -> None:
+    client = pool.client(lends=1 << 20)
+    chunks = chunks_of(client)
+    write(chunks, [1])
+    write(chunks, [1])
+    assert chunks.counters.snapshot()["present_chunks"] == 1
+    chunks.drain()
+    assert client.counters["reserved"] == 0
+    client.check()
+
+
+def test_a_full_pool_drafts_less_and_another_size_gives_way(pool: Pool) -> None:
+    client = pool.client(lends=256 << 10)
+    chunks = chunks_of(client)
+    large = Form(((40_000,),), ("uint8",), 0)
+    drafts = chunks.draft(large, 100)
+    assert 0 < len(drafts) < 100
+    snapshot = chunks.counters.snapshot()
+    assert snapshot["unstored_chunks"] == 100 - len(drafts) and snapshot["failed_full_pool"] > 0
+    for draft in drafts:
+        chunks.free(draft, 0)
+    small = chunks.draft(Form(((1000,),), ("uint8",), 0), 4)  # what waits in the stock makes room
+    assert len(small) == 4
+    for draft in small:
+        chunks.free(draft, 0)
+    chunks.drain()
+    client.check()
+
+
+def test_holds_survive_eviction_removal_and_a_restart(pool: Pool) -> None:
+    client = pool.client(lends=256 << 10)
+    chunks = chunks_of(client)
+    write(chunks, [1])
+    (hold,) = chunks.take([key(1)])
+    assert hold is not None
+    assert chunks.remove([key(1)]) == 1
+    assert chunks.take([key(1)]) == [None]
+    pool.kill()
+    pool.start()
+    assert client.wait_connected(20)
+    write(chunks, list(range(2, 200)))
+    assert np.all(FORM.part(hold.chunk, 0).numpy() == 7)
+    chunks.drop(hold)
+    chunks.close()
+    client.check()
+
+
+def test_what_the_pool_lost_comes_back_from_a_lower_tier(pool: Pool) -> None:
+    client = pool.client(lends=1 << 20)
+    chunks = chunks_of(client, tiers=[MemoryTier(1 << 20)], tier_queue_chunks=16)
+    write(chunks, [1, 2, 3])
+    assert chunks.flush_tiers(20)
+    assert client.clear() == 3
+    wanted = [key(1), key(2), key(9)]
+    assert chunks.count(wanted) == 2
+    holds = chunks.take_prefix(wanted, FORM.chunk_bytes)
+    assert len(holds) == 2 and chunks.forms(holds) == [FORM, FORM]
+    assert np.all(FORM.part(holds[1].chunk, 0).numpy() == 14)
+    chunks.drop_all(holds)
+    assert chunks.counters.snapshot()["tier_promoted_chunks"] == 2
+    chunks.close()
+    client.check()
+
+
+def test_what_is_forgotten_is_forgotten_below_too(pool: Pool) -> None:
+    client = pool.client(lends=1 << 20)
+    chunks = chunks_of(client, tiers=[MemoryTier(1 << 20)], tier_queue_chunks=16)
+    write(chunks, [1, 2, 3])
+    assert chunks.flush_tiers(20)
+    assert chunks.remove([key(1)]) == 1
+    assert chunks.count([key(1)]) == 0 and chunks.count([key(2), key(3)]) == 2
+    assert chunks.clear() == 2
+    assert chunks.count([key(2)]) == 0
+    chunks.close()
+
+
+def test_without_a_server_everything_is_a_miss(pool: Pool) -> None:
+    client = pool.client(lends=1 << 20)
+    chunks = chunks_of(client)
+    write(chunks, [1])
+    drafts = chunks.draft(FORM, 1)
+    pool.kill()
+    assert chunks.count([key(1)]) == chunks.lease([key(1)]) == chunks.remove([key(1)]) == chunks.clear() == 0
+    assert chunks.take([key(1)]) == [None]
+    chunks.put([Part(drafts[0], 0, key(5))])
+    chunks.free(drafts[0], 0)
+    assert chunks.draft(FORM, 50) == [] or chunks.stocked == 0
+    assert chunks.capacity_bytes() == 0
+    chunks.close()
