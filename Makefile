@@ -13,8 +13,6 @@
 #   make wheels PYTHON_VERSION=3.12 [LMCACHE=0.5.6] [MACHINE=aarch64]    on a machine with internet, beforehand
 #
 # The *-vllm targets make .venv-vllm instead (Python 3.11 to 3.13): vLLM for CPUs and its peers take 3 GB.
-#
-#   VLLM=vllm                   the pip arguments that install vLLM: this one is for GPUs
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c

@@ -28,7 +28,7 @@ from vcache.bench.echo import echo
 from vcache.limits import MIB
 
 TITLE: Final = f"LMCacheEngine, {CHUNKS} chunks of {BYTES // CHUNKS // MIB} MiB, host memory"
-ROUNDS: Final = 9
+ROUNDS: Final = 7
 LOOKUPS: Final = 200
 LIMIT: Final = "LocalCPUBackend, own process"
 OURS: Final = {

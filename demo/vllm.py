@@ -69,12 +69,14 @@ def _show(console: Console, directory: Path, stack: ExitStack) -> None:
         stack.callback(engine.end)
     for engine, port in zip(engines, ports, strict=True):
         engine.wait_until(partial(healthy, port), START_SECONDS_MAX, "answer")
+        console.print(f"A vLLM server answers at port {port}.")
     for port in ports:
         complete(port, "a few words to warm up " * 20, max_tokens=4)
+    servers = list(zip(("vLLM 0", "vLLM 1"), ports, strict=True))
     answers = [
         (f"question {at + 1}", name, complete(port, f"{DOCUMENT}\n\n{question}\n", max_tokens=ANSWER_TOKENS))
         for at, question in enumerate(QUESTIONS)
-        for name, port in zip(("vLLM 0", "vLLM 1"), ports if not at else ports[::-1], strict=True)
+        for name, port in (servers if not at else servers[::-1])
     ]
     console.print(_table(answers))
     _check(answers)

@@ -2,6 +2,7 @@
 # A vLLM engine on a GPU. First, once per machine, the server; then, once per GPU and before the engines, so that
 # vLLM's memory profiling sees what is really free, a holder:
 #
+#   export VCACHE_SERVER_AUTOSTART=false
 #   vcache-metadata --config configs/gpu.yaml &
 #   vcache segment --device cuda:0 --size 16GiB &
 #   CUDA_VISIBLE_DEVICES=0 configs/vllm/gpu.sh MODEL [any option of vLLM]

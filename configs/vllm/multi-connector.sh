@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # VCache first and another connector behind it: a prefix comes from whichever has it, the pool before the files; what
-# is computed goes to both. Here the other one is vLLM's ExampleConnector, which keeps files.
+# is computed goes to both. Here the other one is vLLM's ExampleConnector, which keeps files (in /tmp/kv; they stay).
 #
 #   configs/vllm/multi-connector.sh MODEL [any option of vLLM]
 set -euo pipefail
@@ -24,6 +24,7 @@ exec python -m vllm.entrypoints.openai.api_server \
                 {
                     "kv_connector": "VCacheConnector",
                     "kv_role": "kv_both",
+                    "kv_load_failure_policy": "recompute",
                     "kv_connector_extra_config": {"segment": {"size": "2GiB"}}
                 },
                 {
