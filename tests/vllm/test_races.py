@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +17,12 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 from vllm.v1.request import RequestStatus
 
-from integration.vllm import keys
+from integration.vllm import identity, keys
+from integration.vllm import worker as worker_module
 from integration.vllm.events import StoredEvents
 from integration.vllm.groups import Group, Groups
 from integration.vllm.keys import ChunkKeys
-from integration.vllm.messages import Identity, Load, LoadPart, Orders, Report, Save
+from integration.vllm.messages import Identity, Load, LoadPart, Orders, Report, Save, SavePart
 from integration.vllm.saves import PagePins
 from integration.vllm.scheduler import SchedulerHalf
 from integration.vllm.search import Hit, Pinned
@@ -297,3 +299,167 @@ def test_a_reset_cannot_be_promised_during_a_load(private: bool) -> None:
     one.num_in_flight_tokens = 0
     half.reported(Report(loads=Counter({load: 1})))
     assert half.pages_saved() == {5, 6}  # what it refused changed nothing
+
+
+# -- a worker's copies
+
+
+class Lane:
+    """A lane whose events the test tells apart, or which fails."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.events: list[object] = []
+        self.error = error
+
+    def on(self, device: Any) -> Lane:
+        """Of any device."""
+        return self
+
+    def caller(self) -> Any:
+        """A new event each time."""
+        if self.error is not None:
+            raise self.error
+        self.events.append(object())
+        return self.events[-1]
+
+
+class Working(WorkerHalf):
+    """The worker's half over a copy that only writes down what it was asked for."""
+
+    def __init__(self, *, layerwise: bool = False, lane: Lane | None = None) -> None:
+        kv_cache_config: Any = SimpleNamespace(num_blocks=64)
+        configured: Any = SimpleNamespace(settings=SimpleNamespace(layerwise=layerwise))
+        super().__init__(None, kv_cache_config, GROUPS, configured)
+        self.lane = lane or Lane()
+        self._lanes: Any = self.lane
+        self.transfers: list[Any] = []
+        self.held = threading.Event()
+        self.held.set()
+        layout = SimpleNamespace(chunk_bytes=64, pages_per_chunk=1)
+        paged = SimpleNamespace(layout=layout, device=None, layers=[0])
+        pages: Any = SimpleNamespace(paged=paged, layer_names=("first", "second"))
+        self._halves = [_GroupHalf(pages, self, self)]  # type: ignore[arg-type]
+
+    def run(self, transfer: Any, extents: bytes = b"", lineage: int = 0, on_layer: Any = None) -> Any:
+        """Stands for GrantedLoads, whose first chunk does not arrive, and for Store."""
+        assert self.held.wait(30)
+        self.transfers.append(transfer)
+        return [False] * len(transfer.keys) if extents else len(transfer.keys)
+
+
+@pytest.fixture
+def working() -> Iterator[Any]:
+    """Make workers' halves; their threads end with the test."""
+    made: list[Working] = []
+
+    def make(**how: Any) -> Working:
+        made.append(Working(**how))
+        return made[-1]
+
+    yield make
+    for worker in made:
+        worker.held.set()
+        worker.close()
+
+
+LOAD = Load(1, "one", False, 1, {PLACE: (LoadPart(0, (2, 3), (5, 6), b"extents"),)})
+SAVE = Save(1, (SavePart(0, {PLACE: (b"k" * 16,)}, (7,)),))
+
+
+def test_copies_wait_for_what_the_model_had_queued(working: Any) -> None:
+    worker = working()
+    worker.start_loads(Orders(loads=[LOAD]))
+    worker.start_saves(Orders(saves=[SAVE]))
+    worker.close()
+    assert [transfer.after for transfer in worker.transfers] == worker.lane.events
+    assert len(worker.lane.events) == 2
+
+
+def test_a_failure_layer_by_layer_is_heard_with_its_step(working: Any) -> None:
+    worker = working(layerwise=True)
+    worker.held.clear()
+    worker.start_loads(Orders(loads=[LOAD]))
+    asked = ThreadPoolExecutor(1).submit(worker.results)  # before wait_for_save, as with a speculator
+    worker.held.set()
+    asked.result(30)
+    assert worker.bad_blocks() == {5, 6}
+    assert worker.report().failed == {1: 2}
+
+
+@pytest.mark.parametrize("layerwise", [True, False])
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_load_that_cannot_begin_has_failed_and_nobody_waits(
+    working: Any, layerwise: bool, ended: bool
+) -> None:
+    worker = working(layerwise=layerwise, lane=Lane(None if ended else RuntimeError("no event")))
+    if ended:
+        worker.close()
+    worker.start_loads(Orders(loads=[LOAD]))
+    worker.wait_for_layer("first")
+    worker.wait_for_layer("second")
+    worker.start_saves(Orders(saves=[SAVE]))
+    worker.results()
+    assert worker.bad_blocks() == {5, 6}
+    report = worker.report()
+    assert report.loads == {1: 1} and report.failed == {1: 2}
+    assert report.saves == {1: 1} and report.stored[1] == 0
+    assert worker._loads_running == worker._saves_running == 0
+
+
+def test_segments_are_mapped_again_at_times(working: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mapped(again_s: float) -> int:
+        monkeypatch.setattr(worker_module, "_MAP_AGAIN_S", again_s)
+        worker, calls = working(), []
+        worker._client = SimpleNamespace(epoch=3, map_segments=lambda: calls.append(1), close=lambda: None)
+        worker.start_loads(Orders())
+        worker.start_loads(Orders())
+        worker.close()
+        return len(calls)
+
+    assert mapped(0.0) == 2
+    assert mapped(3600.0) == 1
+
+
+# -- adapters
+
+
+def adapter_of(name: str, number: int = 1) -> Any:
+    """A request with this adapter."""
+    request = request_of(f"{name}-{number}", 70)
+    request.lora_request = SimpleNamespace(lora_int_id=number, lora_path=name, load_inplace=False)
+    return request
+
+
+def adapter_files(folder: Path, weights: bytes) -> str:
+    """An adapter on the disk."""
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    return str(folder)
+
+
+def test_an_adapter_without_files_shares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    half = Scheduling()
+    request, table = adapter_of("somebody/adapter-that-is-nowhere"), [1, 2, 3, 4, 5]
+    half.admit(request, table)
+    assert half.matched_tokens(request, 0) == (0, False)
+    assert request.request_id not in half._tracked
+
+
+def test_an_adapter_of_the_hub_counts_by_its_content(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    place = adapter_files(tmp_path / "snapshot", b"weights")
+    monkeypatch.setattr(identity, "_snapshot", lambda name, revision: place)
+    made = made_keys()
+    assert made.adapter(adapter_of("somebody/adapter")) == made.adapter(adapter_of(place))
+
+
+def test_an_adapter_whose_files_change_is_not_shared_under_its_number(tmp_path: Path) -> None:
+    made = made_keys()
+    place = adapter_files(tmp_path / "adapter", b"weights")
+    before = made.adapter(adapter_of(place))
+    assert made.adapter(adapter_of(place)) == before
+    adapter_files(tmp_path / "adapter", b"other weights")
+    with pytest.raises(ArgumentError, match="lora_path"):
+        made.adapter(adapter_of(place))
+    assert made.adapter(adapter_of(place, number=2)) != before
