@@ -56,9 +56,28 @@ def page_format(backend: str, isa: str, version: str, tensor: torch.Tensor) -> s
     return " ".join(words)
 
 
-def lora_identity(lora: Any) -> str:
-    """An adapter by its content."""
-    return model_digest(lora.lora_path)
+def lora_files(path: str) -> Path:
+    """Where vLLM finds an adapter's files: a path, or the hub's name of one that this machine has. Raises
+    ArgumentError if they are not there, for then nobody knows what the name means.
+    """
+    files = Path(path).expanduser()
+    if not files.exists():
+        files = Path(_snapshot(path, ""))
+    if not files.exists():
+        raise ArgumentError("lora_path", path, "an adapter whose files are on this machine")
+    return files
+
+
+def lora_stamp(files: Path) -> str:
+    """Another one when the files have been written to. Raises OSError."""
+    told = sorted(files.iterdir()) if files.is_dir() else [files]
+    stats = [(each.name, each.stat()) for each in told if each.is_file()]
+    return repr([files, *((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)])
+
+
+def lora_identity(files: Path) -> str:
+    """An adapter by its content. Raises ArgumentError, OSError."""
+    return model_digest(files)
 
 
 def _files_of(name: str, revision: str) -> str:

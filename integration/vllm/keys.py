@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from integration.vllm.groups import Groups, places_of
-from integration.vllm.identity import lora_identity
+from integration.vllm.identity import lora_files, lora_identity, lora_stamp
 from integration.vllm.messages import Identity, Place
+from vcache.errors import ArgumentError
 from vcache.keys import KeyChain, join_fields
 from vcache.limits import KEY_BYTES
 
@@ -28,7 +29,7 @@ class ChunkKeys:
         self._private = private
         self._nonce = secrets.token_bytes(KEY_BYTES) if private else b""
         self._chains: dict[tuple[Place, int, str], KeyChain] = {}
-        self._loras: dict[tuple[int, str], str] = {}
+        self._loras: dict[tuple[int, str], tuple[str, str]] = {}
         self.identities: dict[Place, Identity] = {}
 
     def hear(self, identities: dict[Place, Identity]) -> None:
@@ -56,14 +57,21 @@ class ChunkKeys:
         self._chains.clear()
 
     def adapter(self, request: Any) -> str:
-        """The identity of a request's LoRA adapter, "" without one. Raises ArgumentError, OSError."""
+        """The identity of a request's LoRA adapter, "" without one. Raises ArgumentError, OSError.
+
+        vLLM reads an adapter's files again when it likes: once they change nobody knows which ones it has.
+        """
         lora = request.lora_request
         if lora is None:
             return ""
-        known = self._loras.get((lora.lora_int_id, lora.lora_path))
-        if known is None:
-            known = self._loras[lora.lora_int_id, lora.lora_path] = lora_identity(lora)
-        return known
+        files = lora_files(lora.lora_path)
+        stamp, name = lora_stamp(files), (lora.lora_int_id, lora.lora_path)
+        if name not in self._loras:
+            self._loras[name] = stamp, lora_identity(files)
+        known, identity = self._loras[name]
+        if stamp != known:
+            raise ArgumentError("lora_path", lora.lora_path, "files that do not change while they are served")
+        return identity
 
     def keys(
         self, hashes: Sequence[bytes], chunks: Sequence[int], group: int, place: Place, adapter: str

@@ -79,6 +79,11 @@ class PagePins:
         self.pinned -= len(blocks)
         self.block_pool.free_blocks(reversed(blocks))
 
+    def uncache(self, pages: set[int]) -> None:
+        """vLLM's own prefix cache finds these no more; whoever has them keeps them."""
+        if pages and self.block_pool is not None:
+            self.block_pool.evict_blocks(pages)
+
     def send(self, pages: list[int], ranks: int, note: Any = None) -> int:
         """These pinned pages are read by `ranks` ranks now; the number of the save."""
         self._last += 1

@@ -45,7 +45,10 @@ _PINNED_SHARE_MAX = 0.5
 
 @dataclass
 class _Tracked:
-    """One request, from its arrival to its end. scheduled: its tokens in steps since it was last admitted."""
+    """One request, from its arrival to its end. scheduled: its tokens in steps since it was last admitted.
+
+    barred: until it is admitted anew nothing of it is stored.
+    """
 
     request: Any
     adapter: str
@@ -59,16 +62,27 @@ class _Tracked:
     captured: list[Captured] = field(default_factory=list)
     first_scheduled: int = 0
     scheduled: int = 0
+    barred: bool = False
 
 
 @dataclass
 class _Loading:
-    """A load that workers carry out, under a pin."""
+    """A load that workers carry out, under a pin.
+
+    pages: of each chunk, which ones it fills. sharers: of other requests that have hit some of these in
+    vLLM's own prefix cache, the pages from the first such one on.
+    """
 
     request: Any
     pinned: Pinned
     ranks: int
+    pages: dict[int, set[int]]
     failed: int | None = None
+    sharers: dict[str, set[int]] = field(default_factory=dict)
+
+    def pages_from(self, chunk: int) -> set[int]:
+        """Those of this chunk and of later ones."""
+        return {page for number, pages in self.pages.items() if number >= chunk for page in pages}
 
 
 class SchedulerHalf:
@@ -229,6 +243,7 @@ class SchedulerHalf:
             self._drop(tracked)
             tracked.loaded = range(0)
             tracked.captured_to = tracked.first_scheduled = tracked.scheduled = 0
+            tracked.barred = False
         pinned, tracked.pinned = tracked.pinned, None
         if not external_tokens:
             if pinned is not None:
@@ -245,10 +260,23 @@ class SchedulerHalf:
             self._parts_or_failure(pinned, tables, begin, end),
         )
         self._last_load = load.id
-        self._loading[load.id] = _Loading(request, pinned, self._ranks)
+        self._loading[load.id] = _Loading(request, pinned, self._ranks, self._targets(tables, begin, end))
         self._new_loads.append(load)
         tracked.loaded = range(begin // self._groups.chunk_tokens, end // self._groups.chunk_tokens)
         self.observed.add(hit_tokens=external_tokens)
+
+    def _targets(self, tables: Sequence[Sequence[int]], begin: int, end: int) -> dict[int, set[int]]:
+        """Of each chunk, the pages that a load of tokens `begin` … `end` - 1 fills."""
+        tokens = self._groups.chunk_tokens
+        return {
+            chunk: {
+                page
+                for at in range(len(self._groups))
+                for page in self._pages(at, [chunk], tables, begin, end)
+                if page >= 0
+            }
+            for chunk in range(begin // tokens, -(-end // tokens))
+        }
 
     def _parts_or_failure(
         self, pinned: Pinned, tables: Sequence[Sequence[int]], begin: int, end: int
@@ -310,7 +338,7 @@ class SchedulerHalf:
 
     def _capture(self, tracked: _Tracked, tokens: int, tables: Sequence[Sequence[int]]) -> None:
         """Pin the pages of chunks that are complete once `tokens` tokens are computed."""
-        if not self._stores_at_all or not self._keys.complete:
+        if tracked.barred or not self._stores_at_all or not self._keys.complete:
             return
         request = tracked.request
         if not self._settings.store_generated:
@@ -319,6 +347,7 @@ class SchedulerHalf:
         end = min(tokens // groups.chunk_tokens, len(request.block_hashes) // groups.hashes_per_chunk)
         of_groups = [tables[group.index] for group in groups.groups]
         per_chunk = [group.pages_in(groups.chunk_tokens) for group in groups.groups]
+        arriving = {page for loading in self._loading.values() for page in loading.pages_from(0)}
         for chunk in range(tracked.captured_to, end):
             if chunk in tracked.loaded:
                 continue
@@ -326,6 +355,8 @@ class SchedulerHalf:
             if captured is None:
                 continue
             pages = captured.page_ids()
+            if not arriving.isdisjoint(pages):  # another request loads it: it may fail, and is in the pool
+                continue
             if not self._pins.room_for(len(pages)):
                 self._counters.failed(Cause.ASYNC_LIMIT, "too many blocks wait to be stored to store more")
                 continue
@@ -381,6 +412,7 @@ class SchedulerHalf:
     def orders(self, step: Any) -> Orders:
         """What the workers are to do with this step of vLLM's scheduler."""
         try:
+            self._note_sharers(step)
             self._confirm_all()
             self._capture_step(step)
         except Exception:  # nothing is stored then; but loads must not get lost, for vLLM counts on them
@@ -394,6 +426,20 @@ class SchedulerHalf:
         self._new_loads, self._new_saves = [], []
         self._patience_s = self._settings.lookup_deadline_ms / 1e3
         return orders
+
+    def _note_sharers(self, step: Any) -> None:
+        """Whoever hits blocks that are being loaded within the step computes upon them, too."""
+        if self._load_async or not self._loading:  # those of asynchronous loads cannot be hit before the end
+            return
+        for request_id in step.num_scheduled_tokens:
+            tables = step.kv_connector_block_state.get_block_ids(request_id) or ()
+            for loading in self._loading.values():
+                loaded = loading.pages_from(0)
+                for group in self._groups.groups if tables else ():
+                    table = tables[group.index]
+                    first = next((at for at, page in enumerate(table) if page in loaded), len(table))
+                    if first < len(table):
+                        loading.sharers.setdefault(request_id, set()).update(table[first:])
 
     def _capture_step(self, step: Any) -> None:
         for request_id, tokens in step.num_scheduled_tokens.items():
@@ -436,6 +482,7 @@ class SchedulerHalf:
         if failed is not None:
             loading.failed = failed if loading.failed is None else min(failed, loading.failed)
             self._remember_failure(loading.request, failed)
+            self._forget_unfilled(loading, failed)
         if loading.ranks > 0:
             return
         del self._loading[load]
@@ -461,6 +508,27 @@ class SchedulerHalf:
             tracked.captured.remove(each)
             self._pins.unpin(each.page_ids())
 
+    def _forget_unfilled(self, loading: _Loading, chunk: int) -> None:
+        """Nobody finds in vLLM's own prefix cache what a load did not fill, or what was computed upon it, and
+        nothing of those who did is stored. (vLLM looks after its running requests, not after aborted ones.)
+        """
+        if self._load_async:
+            return
+        pages = loading.pages_from(chunk)
+        for request_id, shared in loading.sharers.items():
+            if shared.isdisjoint(pages):
+                continue
+            pages = pages | shared - loading.pages_from(0)
+            tracked = self._tracked.get(request_id)
+            if tracked is not None and tracked.request is not loading.request:
+                self._bar(tracked)
+        self._pins.uncache(pages - {NULL_PAGE})
+
+    def _bar(self, tracked: _Tracked) -> None:
+        """Store nothing of it until it is admitted anew."""
+        self._drop(tracked)
+        tracked.barred = True
+
     # -- everything else
 
     @property
@@ -472,12 +540,19 @@ class SchedulerHalf:
         """Never find again what was stored until now; False if that cannot be promised now."""
         for tracked in self._tracked.values():
             self._let_go(tracked)
+        if self._loading or (self.busy and not self._keys.private):
+            _log.warning("the pool was not reset: blocks are on their way to or from it; try again")
+            return False
+        if not self._clear():
+            return False
+        for tracked in self._tracked.values():  # what they have computed is of before
+            self._bar(tracked)
+        return True
+
+    def _clear(self) -> bool:
         if self._keys.private:
             self._keys.rotate()
             return True
-        if self._loading or self.busy:
-            _log.warning("the pool was not reset: blocks are on their way to or from it; try again")
-            return False
         if not self._keys.complete:
             return True
         try:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,12 +28,12 @@ from vcache.client import Client
 from vcache.engine.arguments import Transfer
 from vcache.engine.copies import Copies
 from vcache.engine.granted import GrantedLoads
-from vcache.engine.lanes import PAST, Event, Lanes
+from vcache.engine.lanes import Event, Lanes
 from vcache.engine.lending import Lending
 from vcache.engine.pool import Pool
 from vcache.engine.stats import Cause, Counters
 from vcache.engine.store import Store
-from vcache.errors import ServerError, Unavailable
+from vcache.errors import LocalStateError, ServerError, Unavailable
 from vcache.kernels import LaunchOptions, prepare
 from vcache.limits import KEY_BYTES
 from vcache.logs import Line
@@ -46,6 +46,9 @@ _IDLE_WAIT_LOAD_S = 0.01
 _IDLE_WAIT_SAVE_S = 0.001
 """And for a save, which nobody waits for: only so that the engine does not spin."""
 
+_MAP_AGAIN_S = 5.0
+"""How long a new segment of a server that is known may stay unmapped, unless a load needs it before."""
+
 _NO_KEY = bytes(KEY_BYTES)
 
 
@@ -57,12 +60,12 @@ class _GroupHalf:
     loads: GrantedLoads
     store: Store
 
-    def transfer(self, keys: list[bytes], ids: tuple[int, ...], after: Event = PAST) -> Transfer:
+    def transfer(self, keys: list[bytes], ids: tuple[int, ...], after: Event) -> Transfer:
         """Whole chunks in these pages, to be copied after what uses them now."""
         layout = self.pages.paged.layout
         sizes = [layout.chunk_bytes] * len(keys)
         return Transfer(
-            self.pages.paged, keys, sizes, torch.tensor(ids, dtype=torch.int64), layout.pages_per_chunk
+            self.pages.paged, keys, sizes, torch.tensor(ids, dtype=torch.int64), layout.pages_per_chunk, after
         )
 
 
@@ -105,6 +108,7 @@ class WorkerHalf:
         self._done = _Done()
         self._taken = _Done()
         self._mapped_for = 0
+        self._map_again_at_s = 0.0
         self._loads_running = 0
         self._saves_running = 0
         self._idle = False
@@ -177,7 +181,7 @@ class WorkerHalf:
             self._halves.append(_GroupHalf(pages, loads, Store(pool, copies, None, self._counters)))
         if config.server.autostart:
             client.wait_connected(config.client.connect_timeout_ms / 1e3)
-        self._saver.submit(self._map_segments)
+        self._keep_mapped()
 
     def close(self) -> None:
         """Wait for running copies, then leave the pool."""
@@ -193,18 +197,21 @@ class WorkerHalf:
     def start_loads(self, orders: Orders) -> None:
         """Begin the step's loads, and wait for those that the step itself needs."""
         self._idle = orders.idle
+        self._keep_mapped()
         if orders.tell and self._identity is not None:
             with self._changed:
                 self._done.report.identities[self._place] = self._identity
-        if not orders.loads:
-            return
         with self._changed:
             self._loads_running += len(orders.loads)
-        after = self._lanes.on(self._halves[0].pages.paged.device).caller()
         for load in orders.loads:
-            if self._layerwise and not load.is_async:
-                self._waits.expect(self._layers_of(load))
-            future = self._loader.submit(self._load, load, after)
+            awaited = self._layers_of(load) if self._layerwise and not load.is_async else []
+            self._waits.expect(awaited)
+            try:
+                future = self._loader.submit(self._load, load, Counter(awaited), self._queued())
+            except Exception as error:  # the model waits for no load that does not begin
+                self._waits.arrived(awaited)
+                self._loaded(load, self._gave_up(load, error))
+                continue
             if not load.is_async:
                 self._needed.append(future)
         if not self._layerwise:
@@ -217,35 +224,41 @@ class WorkerHalf:
     def finish_loads(self) -> None:
         """Return when the loads that the step needs are done."""
         needed, self._needed = self._needed, []
-        for load in needed:
-            load.result()
+        wait(needed)
+
+    def _queued(self) -> Event:
+        """That all has run which the model has queued so far: only then are its pages read or written."""
+        return self._lanes.on(self._halves[0].pages.paged.device).caller()
 
     def _layers_of(self, load: Load) -> list[str]:
         """The layers that a load brings, each as often as it does."""
         parts = load.parts.get(self._place, ())
         return [name for part in parts for name in self._halves[part.group].pages.layer_names]
 
-    def _load(self, load: Load, after: Event) -> None:
+    def _load(self, load: Load, awaited: Counter[str], after: Event) -> None:
         """Carry out a load. Whatever happens, it is reported once, and by then no copy runs."""
         started_s = time.perf_counter()
         failed: int | None = None
-        parts = load.parts.get(self._place, ())
-        awaited = Counter(self._layers_of(load)) if self._layerwise and not load.is_async else Counter()
         try:
-            for part in parts:
+            for part in load.parts.get(self._place, ()):
                 chunk = self._load_part(part, load.lineage, after, awaited)
                 if chunk is not None:
                     failed = chunk if failed is None else min(chunk, failed)
         except Exception as error:  # of ours or a driver's: vLLM computes what was to be loaded
-            _log.exception("a load failed")
-            self._counters.failed(Cause.MALFORMED, repr(error))
-            failed = min((chunk for part in parts for chunk in part.chunks), default=0)
+            failed = self._gave_up(load, error)
         finally:
             self._waits.arrived(list(awaited.elements()))
+            self._loaded(load, failed)
         self.observed.seconds("load_seconds", time.perf_counter() - started_s)
-        self._loaded(load, parts, failed)
 
-    def _loaded(self, load: Load, parts: tuple[LoadPart, ...], failed: int | None) -> None:
+    def _gave_up(self, load: Load, error: Exception) -> int:
+        """Say so; the chunk from which on nothing counts."""
+        _log.error("a load failed", exc_info=error)
+        self._counters.failed(Cause.MALFORMED, repr(error))
+        return min((chunk for part in load.parts.get(self._place, ()) for chunk in part.chunks), default=0)
+
+    def _loaded(self, load: Load, failed: int | None) -> None:
+        parts = load.parts.get(self._place, ())
         with self._changed:
             self._loads_running -= 1
             self._done.report.loads[load.id] = 1
@@ -299,45 +312,65 @@ class WorkerHalf:
         with self._changed:
             self._saves_running += len(orders.saves)
         for save in orders.saves:
-            self._saver.submit(self._save, save)
+            try:
+                self._saver.submit(self._save, save, self._queued())
+            except Exception as error:  # vLLM keeps no pages for a save that does not begin
+                self._saved(save, stored=self._not_stored(error))
+
+    def _keep_mapped(self) -> None:
+        """Map the pool before anybody waits for it: for every server that we see, and again at times, since
+        segments come.
+        """
+        epoch = 0 if self._client is None else self._client.epoch
+        now_s = time.monotonic()
+        if not epoch or (epoch == self._mapped_for and now_s < self._map_again_at_s):
+            return
+        self._mapped_for, self._map_again_at_s = epoch, now_s + _MAP_AGAIN_S
+        with suppress(RuntimeError):  # closed
+            self._saver.submit(self._map_segments)
 
     def _map_segments(self) -> None:
-        """Map the pool before anybody waits for it: once for every server that we see."""
         assert self._client is not None
-        epoch = self._client.epoch
-        if epoch and epoch != self._mapped_for:
-            self._mapped_for = epoch
-            with suppress(Unavailable, ServerError):  # then at first use
-                self._client.map_segments()
+        with suppress(Unavailable, ServerError, LocalStateError):  # then at first use
+            self._client.map_segments()
 
-    def _save(self, save: Save) -> None:
+    def _save(self, save: Save, after: Event) -> None:
         started_s = time.perf_counter()
         stored = False
         try:
-            self._map_segments()
             parts = save.parts if self._saves_here else ()
-            stored = sum(self._save_part(part) for part in parts) == len(parts)
-        except Exception as error:  # of ours or a driver's: nothing was stored
-            _log.exception("a store failed")
-            self._counters.failed(Cause.MALFORMED, repr(error))
+            stored = sum(self._save_part(part, after) for part in parts) == len(parts)
+        except Exception as error:  # of ours or a driver's
+            stored = self._not_stored(error)
+        finally:
+            self._saved(save, stored=stored)
         self.observed.seconds("store_seconds", time.perf_counter() - started_s)
+
+    def _not_stored(self, error: Exception) -> bool:
+        """Say so; whether it was stored."""
+        _log.error("a store failed", exc_info=error)
+        self._counters.failed(Cause.MALFORMED, repr(error))
+        return False
+
+    def _saved(self, save: Save, *, stored: bool) -> None:
         with self._changed:
             self._saves_running -= 1
             self._done.report.saves[save.id] = 1
             self._done.report.stored[save.id] = int(stored)
             self._changed.notify_all()
 
-    def _save_part(self, part: SavePart) -> bool:
+    def _save_part(self, part: SavePart, after: Event) -> bool:
         half = self._halves[part.group]
         keys = list(part.keys[self._place])
-        return half.store.run(half.transfer(keys, part.pages)) == len(keys)
+        return half.store.run(half.transfer(keys, part.pages, after)) == len(keys)
 
     # -- reports
 
     def results(self) -> KVConnectorTransferResults:
         """What arrived or failed since the last call. Of a step that computes nothing it waits a little for
-        more.
+        more, and always for the loads that the step itself needed: their failure is heard with the step.
         """
+        self.finish_loads()
         with self._changed:
             if self._idle and not self._done and (self._loads_running or self._saves_running):
                 patience_s = _IDLE_WAIT_LOAD_S if self._loads_running else _IDLE_WAIT_SAVE_S

@@ -50,11 +50,18 @@ class _Lineage:
 class Segments:
     """Number → memory, for one session. Thread-safe.
 
-    post: sends a message to the server of now; the session's thread tells what has arrived.
+    post: sends a message to the server of now; the session's thread tells what has arrived. answers: whether
+    the server does; if not, no thread waits for it.
     """
 
-    def __init__(self, post: Callable[[FromClient], bool], own_device: str) -> None:
+    def __init__(
+        self,
+        post: Callable[[FromClient], bool],
+        own_device: str,
+        answers: Callable[[], bool],
+    ) -> None:
         self._post = post
+        self._answers = answers
         self._own_device = own_device if own_device.startswith("cuda") else None
         self._changed = threading.Condition()
         self._now = _Lineage(0)
@@ -80,13 +87,22 @@ class Segments:
         deadline = time.monotonic() + timeout_s
         with self._changed:
             entry = now.entries.get(number)
+            if not self._answers() and (entry is None or entry.state in (_State.ASKED, _State.REFUSED)):
+                return None
             if entry is None or (entry.state is _State.REFUSED and time.monotonic() >= entry.retry_at_s):
                 entry = now.entries[number] = _Entry(_State.ASKED)
                 if self._now is not now or not self._post(Open(number, number)):
                     del now.entries[number]
                     return None
             waiting = (_State.ASKED, _State.MAPPING)
-            if not self._changed.wait_for(lambda: entry.state not in waiting, deadline - time.monotonic()):
+            if not self._changed.wait_for(
+                lambda: entry.state not in waiting or (entry.state is _State.ASKED and not self._answers()),
+                deadline - time.monotonic(),
+            ):
+                if entry.state is _State.ASKED:  # one wait is enough: it is a miss for a while
+                    self._refuse(entry)
+                return None
+            if entry.state is _State.ASKED:
                 return None
             if entry.state is not _State.ANSWERED:
                 return now.ready.get(number)
@@ -102,7 +118,7 @@ class Segments:
                 entry.state, entry.memory = _State.MAPPED, memory
                 now.ready[number] = memory
             elif wanted:
-                entry.state, entry.retry_at_s = _State.REFUSED, time.monotonic() + SEGMENT_RETRY_S
+                self._refuse(entry)
             self._changed.notify_all()
         if memory is None:
             self._let_go(now, number)
@@ -142,6 +158,11 @@ class Segments:
             if entry.memory is not None:
                 self._retire(old, number, entry.memory)
 
+    def unanswered(self) -> None:
+        """The server does not answer any more: nobody waits for it."""
+        with self._changed:
+            self._changed.notify_all()
+
     def interrupted(self) -> None:
         """The connection is lost: what was asked over it will not be answered. Mappings stay."""
         with self._changed:
@@ -171,8 +192,7 @@ class Segments:
             entry = self._now.entries.get(number)
             if entry is None or entry.state is not _State.ASKED:
                 return
-            entry.state, entry.retry_at_s = _State.REFUSED, time.monotonic() + SEGMENT_RETRY_S
-            self._changed.notify_all()
+            self._refuse(entry)
         _log.info("segment %d is not to be had: %s", number, why)
 
     def gone(self, number: int) -> None:
@@ -216,6 +236,11 @@ class Segments:
         """The numbers of peers' segments that are mapped."""
         with self._changed:
             return [n for n, entry in self._now.entries.items() if entry.state is _State.MAPPED]
+
+    def _refuse(self, entry: _Entry) -> None:
+        """To be called under the lock: it is not asked for again for a while."""
+        entry.state, entry.retry_at_s = _State.REFUSED, time.monotonic() + SEGMENT_RETRY_S
+        self._changed.notify_all()
 
     @staticmethod
     def _end(entry: _Entry) -> None:

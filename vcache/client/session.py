@@ -74,8 +74,8 @@ class Session:
         self.number = secrets.randbits(63) | 1
         self.counters: Counter[str] = Counter()
         self.ledger = Ledger()
-        self.breaker = Breaker(name, self.wake)
-        self.segments = Segments(self.post, config.device)
+        self.breaker = Breaker(name, self._tripped)
+        self.segments = Segments(self.post, config.device, lambda: self.breaker.connection is not None)
         self.lent = Lent(new_segment, self.segments, self.wake, rank)
         self._config = config
         self._name = name
@@ -119,6 +119,10 @@ class Session:
         with self._wake_guard:  # or it could be closed in between, and be another file by then
             if self._wake_fd >= 0:
                 os.eventfd_write(self._wake_fd, 1)
+
+    def _tripped(self) -> None:
+        self.segments.unanswered()
+        self.wake()
 
     def post(self, message: FromClient) -> bool:
         """Send a message over the connection of now; False if there is none."""
