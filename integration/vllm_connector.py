@@ -43,7 +43,9 @@ class VCacheConnector(KVConnectorBase_V1, SupportsHMA):
         log_with_vllm()
         configured = read_settings(self._kv_transfer_config.kv_connector_extra_config)
         groups = read_groups(vllm_config, kv_cache_config, configured.settings.chunk_tokens)
-        load_async = loads_async(configured.settings.load, vllm_config, groups)
+        load_async = loads_async(
+            configured.settings.load, vllm_config, groups, layerwise=configured.settings.layerwise
+        )
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         if role == KVConnectorRole.SCHEDULER:

@@ -154,9 +154,9 @@ def envelope(server: Server, **changed: object) -> bytes:
 @pytest.mark.parametrize(
     ("changed", "code"),
     [
-        ({"version": 2}, ErrorCode.VERSION),
+        ({"version": protocol.PROTOCOL_VERSION + 1}, ErrorCode.VERSION),
         ({"version": 0}, ErrorCode.VERSION),
-        ({"version": 2, "epoch": 1, "token": b""}, ErrorCode.VERSION),
+        ({"version": protocol.PROTOCOL_VERSION - 1, "epoch": 1, "token": b""}, ErrorCode.VERSION),
         ({"epoch": EPOCH - 1}, ErrorCode.EPOCH),
         ({"epoch": 0, "token": b"x"}, ErrorCode.EPOCH),
         ({"token": bytes(TOKEN_BYTES)}, ErrorCode.TOKEN),

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -319,13 +320,19 @@ def test_a_second_process_that_fails_is_an_error_in_words(segment: Segment, scri
 
 
 def test_a_probe_leaves_no_process_and_no_descriptor(segment: Segment) -> None:
-    before = os.listdir("/proc/self/fd")
+    before, children = os.listdir("/proc/self/fd"), own_children()
     for script in (HANGS, DIES):
         with pytest.raises(SegmentError):
             probe(segment, command=child(script), timeout_s=0.2)
     assert os.listdir("/proc/self/fd") == before
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    assert own_children() == children
+
+
+def own_children() -> set[str]:
+    """Processes that any thread of this one has started and not waited for."""
+    return {
+        pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()
+    }
 
 
 # -------------------------------------------------------------------------------- a holder on our GPU

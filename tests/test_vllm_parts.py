@@ -74,12 +74,11 @@ def test_a_chunk_with_a_page_that_is_not_kept_is_not_captured() -> None:
 def test_settings_and_vcache_s_own_fields_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VCACHE_CLIENT_REQUEST_TIMEOUT_MS", "77")
     extra = {"chunk_tokens": 64, "segment.size": "1MiB", "server": {"autostart": False}, "device": "shm:3"}
-    settings, config, device_given = read_settings(extra)
+    settings, config = read_settings(extra)
     assert settings.chunk_tokens == 64 and settings.load == "auto"
     assert config.segment.size == 1 << 20 and not config.server.autostart
     assert config.client.request_timeout_ms == 77
-    assert config.device == "shm:3" and device_given
-    assert not read_settings({}).device_given
+    assert config.device == "shm:3"
 
 
 def test_the_file_is_named_by_a_setting(tmp_path: Path) -> None:

@@ -58,11 +58,10 @@ _WANTED = {
 
 
 class Configured(NamedTuple):
-    """The connector's settings, VCache's configuration, and whether somebody chose its device."""
+    """The connector's settings and VCache's configuration."""
 
     settings: Settings
     config: Config
-    device_given: bool
 
 
 def read_settings(extra: Mapping[str, Any]) -> Configured:
@@ -77,7 +76,7 @@ def read_settings(extra: Mapping[str, Any]) -> Configured:
     fields = {name: value for name, value in extra.items() if name not in _WANTED}
     sections = {name.split(".")[0] for name in fields}
     known = set(Config.__struct_fields__)
-    for name in sections - known:
+    for name in sorted(sections - known):
         raise ConfigError(
             f"{name} (from {_SOURCE}): unknown field{suggestion(name, [*_WANTED, *sorted(known)])}"
         )
@@ -85,4 +84,4 @@ def read_settings(extra: Mapping[str, Any]) -> Configured:
         loaded = load(settings.config, **fields)
     except ConfigError as error:
         raise ConfigError(str(error).replace("(from argument)", f"(from {_SOURCE})")) from None
-    return Configured(settings, loaded.config, loaded.origin["device"] != "default")
+    return Configured(settings, loaded.config)

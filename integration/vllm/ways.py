@@ -11,8 +11,9 @@ from vcache.errors import ConfigError
 _log = logging.getLogger("vcache.integration.vllm")
 
 
-def loads_async(wanted: str, vllm_config: Any, groups: Groups) -> bool:
-    """Whether to load asynchronously. Raises ConfigError for "sync" where a failed load could not be mended.
+def loads_async(wanted: str, vllm_config: Any, groups: Groups, *, layerwise: bool) -> bool:
+    """Whether to load asynchronously. Raises ConfigError for "sync" where a failed load could not be mended,
+    and for layer-wise loads where they cannot be synchronous.
 
     vLLM can have a synchronous load's blocks computed anew only with one KV group, and only if no further
     step has been scheduled upon them.
@@ -28,7 +29,13 @@ def loads_async(wanted: str, vllm_config: Any, groups: Groups) -> bool:
             "load: got 'sync' with asynchronous scheduling, wanted 'async' or --no-async-scheduling: the "
             "next step would be computed upon a load that failed"
         )
-    return wanted == "async" or len(groups) > 1 or overlapping
+    load_async = wanted == "async" or len(groups) > 1 or overlapping
+    if layerwise and load_async:
+        raise ConfigError(
+            "layerwise: got true with asynchronous loads, wanted false, or --no-async-scheduling and one KV "
+            "group"
+        )
+    return load_async
 
 
 def warn_of_traps(vllm_config: Any) -> None:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
@@ -166,9 +167,7 @@ class WorkerHalf:
     def _join(self, described: list[GroupPages], label: str) -> None:
         config = self._configured.config
         device = described[0].paged.device
-        if device.type == "cuda" and not self._configured.device_given:
-            import msgspec
-
+        if device.type == "cuda":  # where the tensors are is no matter of configuration
             config = msgspec.structs.replace(config, device=f"cuda:{device.index or 0}")
         self._lending = Lending(config)
         name = f"vllm-worker-{self._vllm_config.kv_transfer_config.engine_id}"[:60]
