@@ -157,7 +157,8 @@ def test_readers_while_everything_is_evicted_and_rewritten(pool: Pool, lender: W
     seconds, seeds = 2.0, list(range(12))
     readers, writers = [pool.engine(), pool.engine()], [lender, pool.engine()]
     seen: Counter[str] = Counter()
-    for _ in range(ROUNDS_MAX):
+    for number in range(ROUNDS_MAX):
+        seeds = seeds[number:] + seeds[:number]  # writers choose the same places in each round
         for reader in readers:
             reader.send("run", read_prompts, seeds, seconds)
         for writer in writers:
