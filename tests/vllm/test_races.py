@@ -1,4 +1,4 @@
-"""What may happen between a step of vLLM's scheduler and its outcome: the real halves, vLLM's real block pool."""
+"""What may happen between a step of vLLM's scheduler and its outcome: our halves over vLLM's block pool."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_what_another_request_computed_upon_a_good_load_is_stored() -> None:
 
 def test_a_request_that_is_admitted_anew_after_a_failed_load_is_stored() -> None:
     half = Scheduling()
-    one, other, load = two_in_one_step(half, FIRST, SECOND)
+    _, other, load = two_in_one_step(half, FIRST, SECOND)
     fail(half, load, 0)
     other.num_computed_tokens = other.num_in_flight_tokens = 0
     table = [20, 21, 22, 23, 24, 25, 26]
