@@ -2,7 +2,8 @@
 one.
 
 The folder is named by FAULTS_FOLDER: with a file `stop` in it, a load that has copied its chunks, and has not
-yet asked the fence, makes `reached` and waits for `go`.
+yet asked the fence, makes `reached` and waits for `go`. With a file `spoil`, too, its pages hold rubbish by
+then, and none of its chunks has arrived.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from integration.vllm_connector import VCacheConnector
 from vcache.engine.granted import GrantedLoads
 
 _never = threading.Event()
+_RUBBISH = 0x3F80
+"""1.0 in bfloat16."""
+
 _copy = GrantedLoads._scatter
 
 
@@ -30,6 +34,12 @@ def _copy_and_stop(self: GrantedLoads, *arguments: Any) -> Any:
         while not (folder / "go").exists() and time.monotonic() < deadline_s:
             _never.wait(0.005)
         (folder / "go").unlink()
+        if (folder / "spoil").exists():
+            (folder / "spoil").unlink()
+            transfer = arguments[0]
+            for layer in transfer.paged.layers:
+                layer[transfer.ids[transfer.ids >= 0]] = _RUBBISH
+            return []
     return copied
 
 

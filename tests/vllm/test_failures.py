@@ -201,6 +201,60 @@ def test_another_engine_dies_in_mid_load(
     assert answer["tokens"] == expected["tokens"]
 
 
+def forget_in_process(engine: EngineProcess) -> None:
+    """As `forget`, of an engine that makes no step by itself."""
+
+    def forgotten() -> bool:
+        engine.call("abort", prompts=[], after_steps=1)
+        return bool(engine.call("reset"))
+
+    eventually(forgotten, "no block is in use")
+
+
+@pytest.mark.parametrize("policy", ["recompute", "fail"])
+def test_rubbish_that_two_requests_of_a_step_share_is_nowhere_found(
+    faults: Faults, model: Callable[..., Path], policy: str
+) -> None:
+    machine = faults.machine
+    if machine.server is None:
+        machine.start_server()
+    if not machine.observer.stats().segments:
+        machine.start_holder()
+    engine = machine.engine(
+        model("llama"),
+        name=f"one-process-{policy}",
+        extra={"load": "sync", "lookup_deadline_ms": 1000},
+        transfer={**FAULTY, "kv_load_failure_policy": policy},
+        environ={"FAULTS_FOLDER": str(faults.folder), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+    )
+    seed = 70 if policy == "fail" else 71
+    asked = prompt(seed, TOKENS)
+    other = asked[:HIT] + prompt(seed + 10, 80)
+    expected = [engine.ask(each, max_tokens=4)["tokens"] for each in (asked, other)]
+    forget_in_process(engine)
+    for name in ("stop", "spoil"):
+        (faults.folder / name).touch()
+    engine.send("generate", prompts=[asked, other], max_tokens=4)
+    eventually((faults.folder / "reached").exists, "a load begins")
+    (faults.folder / "reached").unlink()
+    machine.observer.clear()  # what the pool has after this was stored after the load
+    (faults.folder / "go").touch()
+    answers = engine.receive()
+    assert not (faults.folder / "spoil").exists()
+    if policy == "fail":
+        assert [answer["finish"] for answer in answers] == ["error", "error"]
+        assert machine.chunks() == 0
+        assert engine.ask(asked, max_tokens=4)["cached"] == 0  # nor in vLLM's own cache
+    else:
+        assert [answer["tokens"] for answer in answers] == expected
+    again = [engine.ask(each, max_tokens=4) for each in (asked, other)]
+    assert [answer["tokens"] for answer in again] == expected
+    forget_in_process(engine)
+    again = [engine.ask(each, max_tokens=4) for each in (asked, other)]
+    assert [answer["tokens"] for answer in again] == expected
+    engine.kill()
+
+
 def test_the_engines_say_nothing_worse_than_warnings(engines: dict[str, EngineProcess]) -> None:
     for engine in engines.values():
         ours = [

@@ -1,4 +1,4 @@
-"""Between a step of vLLM's scheduler and its outcome: the real halves, and vLLM's real block pool."""
+"""What may happen between a step of vLLM's scheduler and its outcome: our halves over vLLM's block pool."""
 
 from __future__ import annotations
 
