@@ -156,8 +156,10 @@ def test_more_chunks_than_programs_and_more_than_one_launch(monkeypatch: pytest.
 
 def test_nothing_to_copy() -> None:
     paged = paged_kv("kpshd", token_layout())
-    gpu.gather(paged, torch.empty(0, dtype=torch.int64), [])
+    before = bits(paged)
+    gpu.scatter(paged, torch.empty(0, dtype=torch.int64), [])
     gpu.prepare(paged)
+    assert same(bits(paged), before)
 
 
 @pytest.mark.parametrize("limit", [-1, 1.5, True, "8"])

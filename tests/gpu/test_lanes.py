@@ -11,7 +11,7 @@ from tests.processes.content import AXES, LAYOUT, PagedPrompt
 from tests.processes.pool import Pool
 from tests.processes.worker import DEADLINE_S
 from vcache.engine import VCacheEngine
-from vcache.engine.lanes import PAST, StreamLane
+from vcache.engine.lanes import StreamLane
 
 pytestmark = pytest.mark.gpu
 
@@ -115,8 +115,3 @@ def test_the_current_device_and_stream_stay_as_they_were(engine: VCacheEngine) -
         engine.store(paged.tokens, kvcaches=paged.kvcaches, slot_mapping=paged.slots)
         assert torch.cuda.current_stream(GPU) == own
     assert torch.cuda.current_device() == 0
-
-
-def test_past_events_hold_nobody() -> None:
-    PAST.hold_caller()
-    PAST.wait()
