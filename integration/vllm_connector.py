@@ -50,7 +50,7 @@ class VCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: WorkerHalf | None = None
         if role == KVConnectorRole.SCHEDULER:
             warn_of_traps(vllm_config)
-            self._scheduler = SchedulerHalf(vllm_config, groups, configured, load_async=load_async)
+            self._scheduler = SchedulerHalf.of(vllm_config, groups, configured, load_async=load_async)
         else:
             self._worker = WorkerHalf(vllm_config, kv_cache_config, groups, configured)
 

@@ -56,6 +56,10 @@ class Groups:
         """Block hashes of one chunk; the last one stands for it."""
         return self.chunk_tokens // self.hash_tokens
 
+    def hash_of(self, request: Any, chunk: int) -> bytes:
+        """The block hash of a request that stands for one of its chunks."""
+        return bytes(request.block_hashes[(chunk + 1) * self.hashes_per_chunk - 1])
+
 
 def read_groups(vllm_config: Any, kv_cache_config: Any, chunk_tokens: int) -> Groups:
     """The groups of this engine. Raises ConfigError, in words, for what cannot be kept in chunks.

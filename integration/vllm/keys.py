@@ -81,6 +81,12 @@ class ChunkKeys:
         bind = self._chain(place, group, adapter).bind
         return [bind(bytes(hashes[(chunk + 1) * step - 1])) for chunk in chunks]
 
+    def of_all_places(
+        self, hashes: Sequence[bytes], chunks: Sequence[int], group: int, adapter: str
+    ) -> dict[Place, tuple[bytes, ...]]:
+        """The keys of these chunks on every rank."""
+        return {place: tuple(self.keys(hashes, chunks, group, place, adapter)) for place in self.identities}
+
     def _chain(self, place: Place, group: int, adapter: str) -> KeyChain:
         chain = self._chains.get((place, group, adapter))
         if chain is None:

@@ -77,30 +77,56 @@ class Save:
     parts: tuple[SavePart, ...]
 
 
+@dataclass(frozen=True)
+class FetchPart:
+    """Chunks of one group to bring up from lower tiers: of each rank its keys, in the order of the sequence.
+
+    leading: those behind one that is missing are of no use.
+    """
+
+    group: int
+    keys: dict[Place, tuple[bytes, ...]]
+    leading: bool
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Bring these chunks up into the pool, if a lower tier has them."""
+
+    id: int
+    parts: tuple[FetchPart, ...]
+
+
 @dataclass
 class Orders(KVConnectorMetadata):
     """What the workers are to do with one step. idle: the step computes nothing, so there is time to wait.
-    tell: say who you are.
+    tell: say who you are. forget: all that lower tiers have, and what is on its way there.
     """
 
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
+    fetches: list[Fetch] = field(default_factory=list)
     idle: bool = False
     tell: bool = False
+    forget: bool = False
 
 
 @dataclass
 class Report(KVConnectorWorkerMetadata):
-    """What workers have done. loads, saves: by id, how many ranks are through with it.
+    """What workers have done. loads, saves, fetches: by id, how many ranks are through with it.
 
     failed: by a load's id, the first chunk that did not arrive. stored: by a save's id, how many ranks have
-    all of it in the pool now.
+    all of it in the pool now. fetched: by a fetch's id, how many chunks it brought. forgotten: how many ranks
+    have forgotten what lower tiers had.
     """
 
     loads: Counter[int] = field(default_factory=Counter)
     saves: Counter[int] = field(default_factory=Counter)
     failed: dict[int, int] = field(default_factory=dict)
     stored: Counter[int] = field(default_factory=Counter)
+    fetches: Counter[int] = field(default_factory=Counter)
+    fetched: Counter[int] = field(default_factory=Counter)
+    forgotten: int = 0
     identities: dict[Place, Identity] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Report:
@@ -114,8 +140,11 @@ class Report(KVConnectorWorkerMetadata):
             self.saves + other.saves,
             failed,
             self.stored + other.stored,
+            self.fetches + other.fetches,
+            self.fetched + other.fetched,
+            self.forgotten + other.forgotten,
             self.identities | other.identities,
         )
 
     def __bool__(self) -> bool:
-        return bool(self.loads or self.saves or self.identities)
+        return bool(self.loads or self.saves or self.fetches or self.forgotten or self.identities)

@@ -33,6 +33,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     layerwise: bool = False
     # How long the scheduler waits for the pool's answer before it asks again in the next step.
     lookup_deadline_ms: Annotated[float, Meta(ge=0, le=1_000)] = 5.0
+    # How long a request waits at most for what lower tiers have to come up into the pool, and asks again
+    # meanwhile.
+    fetch_deadline_ms: Annotated[float, Meta(ge=0, le=60_000)] = 2_000.0
     # Whether KV of generated tokens is stored, too: the next turn of a chat begins with them.
     store_generated: bool = True
     # Whether this engine stores at all (kv_role kv_consumer does not either).
@@ -50,6 +53,7 @@ _WANTED = {
     "load": "'auto', 'sync' or 'async'",
     "layerwise": "true or false",
     "lookup_deadline_ms": "a number >= 0 and <= 1000 (milliseconds)",
+    "fetch_deadline_ms": "a number >= 0 and <= 60000 (milliseconds)",
     "store_generated": "true or false",
     "store": "true or false",
     "private": "'auto', 'yes' or 'no'",

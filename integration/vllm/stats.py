@@ -18,6 +18,8 @@ _TAKEN = {
     "stored_bytes": "stored_bytes",
     "stored_chunks": "stored_chunks",
     "present_chunks": "present_chunks",
+    "tier_prefetched_chunks": "fetched_chunks",
+    "tier_written_chunks": "written_chunks",
 }
 """Counters of the engine's layers, and what they are called here."""
 
@@ -28,6 +30,8 @@ _COUNTERS = {
     "stored_bytes": "Bytes stored in the pool.",
     "stored_chunks": "Chunks stored in the pool.",
     "present_chunks": "Chunks that were not stored since the pool had them.",
+    "fetched_chunks": "Chunks brought up from lower tiers.",
+    "written_chunks": "Chunks written to lower tiers.",
     "failed_loads": "Loads that failed; their tokens were computed.",
 }
 _SECONDS = {

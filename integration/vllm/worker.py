@@ -18,10 +18,11 @@ from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
 from integration.vllm.affinity import use_all_cores
+from integration.vllm.below import Below
 from integration.vllm.groups import Groups, is_replicated
 from integration.vllm.identity import group_identity, model_identity, page_format
 from integration.vllm.layer_waits import LayerWaits
-from integration.vllm.messages import Identity, Load, LoadPart, Orders, Place, Report, Save, SavePart
+from integration.vllm.messages import Fetch, Identity, Load, LoadPart, Orders, Place, Report, Save, SavePart
 from integration.vllm.settings import Configured
 from integration.vllm.stats import Observed
 from integration.vllm.tensors import GroupPages, attention_of, describe_pages
@@ -38,6 +39,8 @@ from vcache.errors import LocalStateError, ServerError, Unavailable
 from vcache.kernels import LaunchOptions, prepare
 from vcache.limits import KEY_BYTES
 from vcache.logs import Line
+from vcache.tiers import Tier
+from vcache.tiers.configured import make_tiers
 
 _log = logging.getLogger("vcache.integration.vllm")
 
@@ -50,16 +53,20 @@ _IDLE_WAIT_SAVE_S = 0.001
 _MAP_AGAIN_S = 5.0
 """How long a new segment of a server that is known may stay unmapped, unless a load needs it before."""
 
+_FETCH_THREADS = 2
+"""A lower tier that is slow to answer for one request holds up one of them."""
+
 _NO_KEY = bytes(KEY_BYTES)
 
 
 @dataclass(frozen=True)
 class _GroupHalf:
-    """One group's way to and from the pool."""
+    """One group's way to and from the pool, and below it where there are lower tiers."""
 
     pages: GroupPages
     loads: GrantedLoads
     store: Store
+    below: Below | None
 
     def transfer(self, keys: list[bytes], ids: tuple[int, ...], after: Event) -> Transfer:
         """Whole chunks in these pages, to be copied after what uses them now."""
@@ -102,6 +109,7 @@ class WorkerHalf:
         self._place: Place = (0, 0)
         self._saves_here = True
         self._halves: list[_GroupHalf] = []
+        self._tiers: list[Tier] = []
         self._identity: Identity | None = None
         self._client: Client | None = None
         self._lending: Lending | None = None
@@ -112,9 +120,11 @@ class WorkerHalf:
         self._map_again_at_s = 0.0
         self._loads_running = 0
         self._saves_running = 0
+        self._fetches_running = 0
         self._idle = False
         self._loader = ThreadPoolExecutor(1, "vcache-load", initializer=use_all_cores)
         self._saver = ThreadPoolExecutor(1, "vcache-save", initializer=use_all_cores)
+        self._fetcher = ThreadPoolExecutor(_FETCH_THREADS, "vcache-fetch", initializer=use_all_cores)
 
     # -- beginning and end
 
@@ -169,6 +179,7 @@ class WorkerHalf:
         device = described[0].paged.device
         if device.type == "cuda":  # where the tensors are is no matter of configuration
             config = msgspec.structs.replace(config, device=f"cuda:{device.index or 0}")
+        self._tiers = make_tiers(config) if self._saves_here else []
         self._lending = Lending(config)
         name = f"vllm-worker-{self._vllm_config.kv_transfer_config.engine_id}"[:60]
         self._client = client = Client(config, name=name, new_segment=self._lending.source)
@@ -177,7 +188,10 @@ class WorkerHalf:
             prepare(pages.paged)
             pool = Pool(client, self._counters, pages.paged.layout, label, config.device)
             loads = GrantedLoads(client, pool, copies, self._counters)
-            self._halves.append(_GroupHalf(pages, loads, Store(pool, copies, None, self._counters)))
+            layout = pages.paged.layout
+            below = Below(pool, self._tiers, layout, self._counters, config) if self._tiers else None
+            store = Store(pool, copies, below.queue if below else None, self._counters)
+            self._halves.append(_GroupHalf(pages, loads, store, below))
         if config.server.autostart:
             client.wait_connected(config.client.connect_timeout_ms / 1e3)
         self._keep_mapped()
@@ -186,6 +200,12 @@ class WorkerHalf:
         """Wait for running copies, then leave the pool."""
         self._loader.shutdown(wait=True)
         self._saver.shutdown(wait=True)
+        for half in self._halves:
+            if half.below is not None:
+                half.below.close()  # ends what a fetch waits for
+        self._fetcher.shutdown(wait=True, cancel_futures=True)
+        for tier in self._tiers:
+            tier.close()
         if self._client is not None:
             self._client.close()
         if self._lending is not None:
@@ -200,6 +220,7 @@ class WorkerHalf:
         if orders.tell and self._identity is not None:
             with self._changed:
                 self._done.report.identities[self._place] = self._identity
+        self._start_fetches(orders)
         with self._changed:
             self._loads_running += len(orders.loads)
         for load in orders.loads:
@@ -303,6 +324,55 @@ class WorkerHalf:
                     pages.update(part.pages[at * per_chunk : (at + 1) * per_chunk])
         return pages - {-1}
 
+    # -- lower tiers
+
+    def _start_fetches(self, orders: Orders) -> None:
+        """Begin to bring chunks up; requests that want them are not scheduled yet."""
+        with self._changed:
+            self._fetches_running += len(orders.fetches)
+        for fetch in orders.fetches:
+            try:
+                self._fetcher.submit(self._fetch, fetch)
+            except RuntimeError:  # closed
+                self._fetched(fetch, 0)
+        if orders.forget:
+            with suppress(RuntimeError):
+                self._fetcher.submit(self._forget)
+
+    def _fetch(self, fetch: Fetch) -> None:
+        brought = 0
+        try:
+            within_s = self._configured.settings.fetch_deadline_ms / 1e3
+            for part in fetch.parts:
+                below = self._halves[part.group].below
+                if below is not None:
+                    keys = part.keys[self._place]
+                    brought += below.bring(keys, leading=part.leading, within_s=within_s)
+        except Exception as error:  # of ours or a tier's: a miss
+            _log.exception("nothing was fetched from lower tiers")
+            self._counters.failed(Cause.TIER, repr(error))
+        finally:
+            self._fetched(fetch, brought)
+
+    def _fetched(self, fetch: Fetch, brought: int) -> None:
+        with self._changed:
+            self._fetches_running -= 1
+            self._done.report.fetches[fetch.id] = 1
+            self._done.report.fetched[fetch.id] = brought
+            self._changed.notify_all()
+
+    def _forget(self) -> None:
+        try:
+            for half in self._halves:
+                if half.below is not None:
+                    half.below.forget()
+        except Exception:
+            _log.exception("lower tiers were not emptied")
+        finally:
+            with self._changed:
+                self._done.report.forgotten = 1
+                self._changed.notify_all()
+
     # -- saves
 
     def start_saves(self, orders: Orders) -> None:
@@ -371,8 +441,9 @@ class WorkerHalf:
         """
         self.finish_loads()
         with self._changed:
-            if self._idle and not self._done and (self._loads_running or self._saves_running):
-                patience_s = _IDLE_WAIT_LOAD_S if self._loads_running else _IDLE_WAIT_SAVE_S
+            awaited = self._loads_running or self._fetches_running
+            if self._idle and not self._done and (awaited or self._saves_running):
+                patience_s = _IDLE_WAIT_LOAD_S if awaited else _IDLE_WAIT_SAVE_S
                 self._changed.wait_for(lambda: bool(self._done), patience_s)
             received, self._done.received = self._done.received, set()
             failed, self._done.failed = self._done.failed, set()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +22,21 @@ from integration.vllm import worker as worker_module
 from integration.vllm.events import StoredEvents
 from integration.vllm.groups import Group, Groups
 from integration.vllm.keys import ChunkKeys
-from integration.vllm.messages import Identity, Load, LoadPart, Orders, Report, Save, SavePart
+from integration.vllm.messages import (
+    Fetch,
+    FetchPart,
+    Identity,
+    Load,
+    LoadPart,
+    Orders,
+    Report,
+    Save,
+    SavePart,
+)
 from integration.vllm.saves import PagePins
 from integration.vllm.scheduler import SchedulerHalf
 from integration.vllm.search import Hit, Pinned
+from integration.vllm.settings import Settings
 from integration.vllm.worker import WorkerHalf, _GroupHalf
 from vcache.engine.stats import Counters
 from vcache.errors import ArgumentError
@@ -49,37 +60,40 @@ class Pool:
 class Scheduling(SchedulerHalf):
     """The scheduler's half over vLLM's block pool; its searches find what the test says."""
 
-    def __init__(self, *, private: bool = False) -> None:
-        self._groups = GROUPS
-        self._settings: Any = SimpleNamespace(store_generated=True, lookup_deadline_ms=5.0)
-        self._load_async = False
-        self._patience_s = 0.0
-        self._loads_at_all = self._stores_at_all = True
-        self._ranks = 1
-        self._counters = Counters()
-        self.observed: Any = SimpleNamespace(add=lambda **counts: None)
-        self._client: Any = Pool()
-        self._keys = made_keys(private=private)
-        self._searches: Any = SimpleNamespace(nothing=found, give_back=lambda grants: None)
-        self._pins = PagePins(0.5)
-        self._pins.block_pool = BlockPool(64, True, BLOCK)
-        self._events = StoredEvents(GROUPS, enabled=False)
-        self._chunks_max = 64
-        self._tracked = {}
-        self._loading = {}
-        self._last_load = 0
-        self._new_loads: list[Load] = []
-        self._new_saves: list[Save] = []
-        self._failed = OrderedDict()
+    def __init__(self, *, private: bool = False, has_tiers: bool = False) -> None:
+        self.pool: Any = Pool()
+        self.pages = PagePins(0.5, BlockPool(64, True, BLOCK))
+        self.answers: list[tuple[int, int]] = []
+        searches: Any = SimpleNamespace(nothing=found, begin=self._begin)
+        super().__init__(
+            self.pool,
+            GROUPS,
+            made_keys(private=private),
+            searches,
+            Settings(lookup_deadline_ms=0),
+            Counters(),
+            pins=self.pages,
+            events=StoredEvents(GROUPS, enabled=False),
+            ranks=1,
+            has_tiers=has_tiers,
+        )
+        self.saves: list[Save] = []
+
+    def _begin(self, wanted: Any) -> Future[Pinned]:
+        """A search, answered at once: with the chunks that `answers` says next, else with nothing."""
+        done: Future[Pinned] = Future()
+        done.set_result(found(*(self.answers.pop(0) if self.answers else (wanted.first,))))
+        return done
 
     @property
     def blocks(self) -> BlockPool:
         """vLLM's."""
-        return self._pins.block_pool  # type: ignore[no-any-return]
+        return self.pages.block_pool  # type: ignore[no-any-return]
 
     def pages_saved(self) -> set[int]:
-        """Pages of all saves that are ordered."""
-        return {page for save in self._new_saves for part in save.parts for page in part.pages}
+        """Pages of all saves that are ordered and no step has taken along."""
+        self.saves += self._captures.take_orders()
+        return {page for save in self.saves for part in save.parts for page in part.pages}
 
     def admit(self, request: Any, table: list[int], external_tokens: int = 0) -> None:
         """A request arrives and is given blocks."""
@@ -110,6 +124,7 @@ class Scheduling(SchedulerHalf):
                 kv_connector_block_state=state,
             )
         )
+        self.saves = []
         for name, count in tokens.items():
             request = self._tracked[name].request
             request.num_computed_tokens += count
@@ -209,7 +224,7 @@ def test_what_another_request_hit_of_a_failed_load_is_not_stored_when_vllm_ends_
         half.finished(request, (table,))
     fail(half, load, 1)
     assert half.pages_saved() == set()
-    assert half.blocks.get_num_free_blocks() == 63 and half._pins.pinned == 0
+    assert half.blocks.get_num_free_blocks() == 63 and half.pages.pinned == 0
 
 
 def test_what_another_request_computed_upon_a_good_load_is_stored() -> None:
@@ -279,7 +294,7 @@ def test_what_was_computed_before_a_reset_is_not_stored_after_it(private: bool) 
     half.step({"one": table}, one=38)
     one.num_in_flight_tokens = 0
     half.reported(Report())
-    assert half.pages_saved() == set() and half._pins.pinned == 0
+    assert half.pages_saved() == set() and half.pages.pinned == 0
     one.num_computed_tokens = 0  # preempted, and admitted anew
     half.admit(one, table)
     half.step({"one": table}, one=70)
@@ -299,6 +314,117 @@ def test_a_reset_cannot_be_promised_during_a_load(private: bool) -> None:
     one.num_in_flight_tokens = 0
     half.reported(Report(loads=Counter({load: 1})))
     assert half.pages_saved() == {5, 6}  # what it refused changed nothing
+
+
+# -- lower tiers
+
+
+def ask(half: Scheduling, request: Any) -> int | None:
+    """What vLLM's scheduler is told."""
+    return half.matched_tokens(request, 0)[0]
+
+
+def fetch_of(half: Scheduling) -> list[Fetch]:
+    """What an empty step orders to be brought up."""
+    return half.step({}).fetches
+
+
+def brought(half: Scheduling, fetch: int, chunks: int) -> None:
+    """The worker has looked below."""
+    half.reported(Report(fetches=Counter({fetch: 1}), fetched=Counter({fetch: chunks})))
+
+
+def test_what_the_pool_lacks_is_brought_up_before_the_request_is_told() -> None:
+    half = Scheduling(has_tiers=True)
+    one = request_of("one", 102)
+    half.new_request(one)
+    half.answers = [(0, 2), (0, 5)]
+    assert ask(half, one) is None
+    (fetch,) = fetch_of(half)
+    (part,) = fetch.parts
+    assert part.leading and len(part.keys[PLACE]) == 4  # chunks 2 to 5
+    assert ask(half, one) is None  # it is not known yet
+    assert fetch_of(half) == []
+    brought(half, fetch.id, 3)
+    assert ask(half, one) is None  # five chunks are there now; and the sixth?
+    (further,) = fetch_of(half)
+    brought(half, further.id, 0)
+    assert ask(half, one) == 5 * BLOCK
+    assert ask(half, one) == 5 * BLOCK and fetch_of(half) == []
+
+
+def test_what_is_nowhere_is_looked_for_once() -> None:
+    half = Scheduling(has_tiers=True)
+    one = request_of("one", 102)
+    half.new_request(one)
+    assert ask(half, one) is None
+    (fetch,) = fetch_of(half)
+    brought(half, fetch.id, 0)
+    assert ask(half, one) == 0
+    assert ask(half, one) == 0 and fetch_of(half) == []
+
+
+def test_without_lower_tiers_a_request_is_told_at_once() -> None:
+    half = Scheduling()
+    one = request_of("one", 102)
+    half.new_request(one)
+    half.answers = [(0, 2)]
+    assert ask(half, one) == 2 * BLOCK and fetch_of(half) == []
+
+
+def test_nothing_is_fetched_after_a_reset_before_the_tiers_are_empty() -> None:
+    half = Scheduling(has_tiers=True)
+    one, other = request_of("one", 102), request_of("other", 102)
+    assert half.reset() and half.busy
+    assert half.step({}).forget
+    half.new_request(one)
+    assert ask(half, one) == 0 and fetch_of(half) == []
+    half.reported(Report(forgotten=1))
+    assert not half.busy
+    half.new_request(other)
+    assert ask(half, other) is None and len(fetch_of(half)) == 1
+
+
+def test_a_request_that_ends_waits_for_nothing() -> None:
+    half = Scheduling(has_tiers=True)
+    one = request_of("one", 102)
+    half.new_request(one)
+    assert ask(half, one) is None
+    (fetch,) = fetch_of(half)
+    half.finished(one, ([],))
+    brought(half, fetch.id, 3)
+    assert not half.busy
+
+
+def test_a_worker_brings_up_its_own_chunks_and_says_how_many(working: Any) -> None:
+    asked: list[Any] = []
+
+    def bring(keys: Any, *, leading: bool, within_s: float) -> int:
+        asked.append((keys, leading))
+        return 2
+
+    below = SimpleNamespace(bring=bring, forget=lambda: asked.append("forget"), close=lambda: None)
+    worker = working(below=below)
+    mine, others = (b"k" * 32, b"l" * 32), (b"m" * 32,)
+    parts = (FetchPart(0, {PLACE: mine, (0, 1): others}, True),)
+    worker.start_loads(Orders(fetches=[Fetch(7, parts)], forget=True))
+    worker.settle()
+    worker.results()
+    report = worker.report()
+    assert asked == [(mine, True), "forget"] or asked == ["forget", (mine, True)]
+    assert report.fetches == {7: 1} and report.fetched == {7: 2} and report.forgotten == 1
+
+
+def test_a_tier_that_fails_is_a_miss(working: Any) -> None:
+    def bring(keys: Any, *, leading: bool, within_s: float) -> int:
+        raise OSError("no disk")
+
+    worker = working(below=SimpleNamespace(bring=bring, close=lambda: None))
+    worker.start_loads(Orders(fetches=[Fetch(7, (FetchPart(0, {PLACE: (b"k" * 32,)}, True),))]))
+    worker.settle()
+    worker.results()
+    report = worker.report()
+    assert report.fetches == {7: 1} and report.fetched == {7: 0}
 
 
 # -- a worker's copies
@@ -326,11 +452,12 @@ class Lane:
 class Working(WorkerHalf):
     """The worker's half over a copy that only writes down what it was asked for."""
 
-    def __init__(self, *, layerwise: bool = False, lane: Lane | None = None) -> None:
+    def __init__(self, *, layerwise: bool = False, lane: Lane | None = None, below: Any = None) -> None:
         kv_cache_config: Any = SimpleNamespace(num_blocks=64)
-        configured: Any = SimpleNamespace(settings=SimpleNamespace(layerwise=layerwise))
+        configured: Any = SimpleNamespace(settings=Settings(layerwise=layerwise))
         super().__init__(None, kv_cache_config, GROUPS, configured)
         self.lane = lane or Lane()
+        self.below = below
         self._lanes: Any = self.lane
         self.transfers: list[Any] = []
         self.held = threading.Event()
@@ -338,7 +465,11 @@ class Working(WorkerHalf):
         layout = SimpleNamespace(chunk_bytes=64, pages_per_chunk=1)
         paged = SimpleNamespace(layout=layout, device=None, layers=[0])
         pages: Any = SimpleNamespace(paged=paged, layer_names=("first", "second"))
-        self._halves = [_GroupHalf(pages, self, self)]  # type: ignore[arg-type]
+        self._halves = [_GroupHalf(pages, self, self, self.below)]  # type: ignore[arg-type]
+
+    def settle(self) -> None:
+        """Return when all that was to be fetched is."""
+        self._fetcher.shutdown(wait=True)
 
     def run(self, transfer: Any, extents: bytes = b"", lineage: int = 0, on_layer: Any = None) -> Any:
         """Stands for GrantedLoads, whose first chunk does not arrive, and for Store."""

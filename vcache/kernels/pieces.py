@@ -2,7 +2,7 @@
 
 Calls into numpy cost some microseconds for each chunk and layer. Where a chunk has little of each layer (a
 page of 32 KiB takes two microseconds to copy), they are most of the time; a memmove by address costs a third
-of one.
+of one. It releases the GIL, so threads divide what is more than a few of them.
 """
 
 from __future__ import annotations
@@ -12,15 +12,23 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vcache.kernels.base import PagedKV
+from vcache.kernels.threads import spread
 
 _LAYER_BYTES_MAX: Final = 256 * 1024
 """Of one layer in one chunk: above, vector loops over strided pages are faster, and threads pay."""
 
 _PAGE_BYTES_MIN: Final = 2 * 1024
 """Below, calls cost more than rows of a table."""
+
+_TASK_BYTES: Final = 1024 * 1024
+"""What a thread copies at a time: enough to be worth its taking, little enough that both end together."""
+
+_THREAD_BYTES_MIN: Final = 2 * 1024 * 1024
+"""Bytes per thread below which a copy is done before a helper thread is awake."""
 
 
 def fits(paged: PagedKV) -> bool:
@@ -56,13 +64,13 @@ def _moves(
     """((in chunks, in the paged KV) of every page of these layers, and where in chunks no page is given)."""
     size, count = paged.layout.page_bytes, len(paged.layers)
     numbers = pages.numpy()
-    in_chunks, begin = [], 0
-    for chunk in chunks:  # of a chunk: all pages of layer 0, then those of layer 1, …
-        held = len(chunk) // (size * count)
-        places = np.arange(held * count, dtype=np.int64).reshape(count, held) * size
-        in_chunks.append(places + chunk.data_ptr())
-        begin += held
-    from_chunks = np.concatenate(in_chunks, axis=1)
+    # Of a chunk: all pages of layer 0, then those of layer 1, …
+    held = np.array([len(chunk) for chunk in chunks], np.int64) // (size * count)
+    begin = int(held.sum())
+    starts = np.repeat(np.array([chunk.data_ptr() for chunk in chunks], np.int64), held)
+    within = np.arange(begin) - np.repeat(np.cumsum(held) - held, held)
+    steps = np.arange(count)[:, None] * np.repeat(held, held)[None, :] + within[None, :]
+    from_chunks = starts[None, :] + steps * size
     first = paged.layers[0]
     bases = np.array([layer.data_ptr() for layer in paged.layers], np.int64)
     strides = np.array([layer.stride(0) * first.element_size() for layer in paged.layers], np.int64)
@@ -74,6 +82,13 @@ def _moves(
 
 
 def _move(target: Addresses, source: Addresses, size: int) -> None:
-    memmove = ctypes.memmove
-    for to, at in zip(target.tolist(), source.tolist(), strict=True):
-        memmove(to, at, size)
+    to, at = target.tolist(), source.tolist()
+    step = max(1, _TASK_BYTES // size)
+
+    def task(number: int) -> None:
+        memmove, begin = ctypes.memmove, number * step
+        for here, there in zip(to[begin : begin + step], at[begin : begin + step], strict=True):
+            memmove(here, there, size)
+
+    threads = min(torch.get_num_threads(), len(to) * size // _THREAD_BYTES_MIN)
+    spread(task, -(-len(to) // step), threads)

@@ -1,0 +1,59 @@
+"""One KV group's lower tiers on one rank: what is stored goes down, what is wanted comes up into the pool."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from vcache.config import Config
+from vcache.engine.lower import LowerTiers
+from vcache.engine.pool import Pool
+from vcache.engine.prefetch import Prefetch
+from vcache.engine.stats import Counters
+from vcache.engine.tier_queue import TierQueues
+from vcache.layout import KVLayout
+from vcache.tiers import Tier
+
+
+class Below:
+    """Thread-safe; whatever goes wrong below is a miss, counted. The tiers stay the caller's to close.
+
+    queue: what the pool's chunks are written by.
+    """
+
+    def __init__(
+        self, pool: Pool, tiers: Sequence[Tier], layout: KVLayout, counters: Counters, config: Config
+    ) -> None:
+        deadline_s = config.tiers.deadline_ms / 1e3
+        self._lower = LowerTiers(tiers, layout.fingerprint, counters, deadline_s=deadline_s)
+        chunks, ttl_s = config.engine.tier_queue_chunks, config.server.default_ttl_s
+        self.queue = TierQueues(pool, self._lower, chunks, counters, ttl_s=ttl_s)
+        self._prefetch = Prefetch(pool, self._lower, layout.chunk_bytes, counters)
+
+    def bring(self, keys: Sequence[bytes], *, leading: bool, within_s: float) -> int:
+        """Have those chunks that a tier has loaded into the pool; how many it has. Returns when they are
+        there, or will not come, or after `within_s`.
+
+        leading: only those before the first that no tier has.
+        """
+        deadline_s = time.monotonic() + within_s
+        there = self._lower.contains(keys)
+        if leading:
+            there = there[: there.index(False)] if False in there else there
+        wanted = [key for key, is_there in zip(keys, there, strict=False) if is_there]
+        self._prefetch.want(wanted)
+        for key in wanted:
+            self._prefetch.wait_for(key, max(0.0, deadline_s - time.monotonic()))
+        return len(wanted)
+
+    def forget(self) -> None:
+        """Forget all that the tiers have, of every model, and what is on its way to and from them."""
+        self._prefetch.forget(None)
+        self.queue.forget(None)
+        self._lower.clear()
+
+    def close(self) -> None:
+        """Wait, bounded, for what is under way."""
+        self._prefetch.close()
+        self.queue.close()
+        self._lower.close()

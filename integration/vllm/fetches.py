@@ -1,0 +1,105 @@
+"""Chunks that the pool lacks and a lower tier may have: workers are ordered to bring them up before a request
+is told what it can load.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from integration.vllm.groups import Groups
+from integration.vllm.keys import ChunkKeys
+from integration.vllm.messages import Fetch, FetchPart, Report
+from integration.vllm.tracked import Tracked
+from vcache.limits import PREFETCH_CHUNKS_MAX
+
+
+@dataclass
+class _Fetching:
+    """An order under way: how many ranks have still to report, whether any brought something, and until when
+    it is waited for.
+    """
+
+    ranks: int
+    deadline_s: float
+    brought: bool = False
+
+
+class Fetches:
+    """The orders to bring chunks up. enabled: whether there is a lower tier. ranks: that have to report.
+
+    patience_s: how long a request waits for them; what comes later is found by later requests.
+    """
+
+    def __init__(
+        self, groups: Groups, keys: ChunkKeys, *, enabled: bool, ranks: int, patience_s: float
+    ) -> None:
+        self._groups = groups
+        self._keys = keys
+        self._enabled = enabled
+        self._ranks = ranks
+        self._patience_s = patience_s
+        self._running: dict[int, _Fetching] = {}
+        self._last = 0
+        self._ordered: list[Fetch] = []
+        self._forget = False
+        self._forgetting = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether workers have to be heard of lower tiers although no request waits."""
+        return bool(self._forget or self._forgetting)
+
+    def take_orders(self) -> tuple[list[Fetch], bool]:
+        """What was ordered since the last call: chunks to bring, and whether to forget all that is below."""
+        ordered, self._ordered = self._ordered, []
+        forget, self._forget = self._forget, False
+        return ordered, forget
+
+    def begin(self, tracked: Tracked, first: int, end: int) -> bool:
+        """Order chunks `first` … `end` - 1 of a request, unless that was done; whether it has to wait."""
+        if not self._enabled or self.busy or first >= end or tracked.fetched_from == first:
+            return False
+        tracked.fetched_from = first
+        chunks = range(first, min(end, first + PREFETCH_CHUNKS_MAX))
+        hashes = tracked.request.block_hashes
+        parts = tuple(
+            FetchPart(
+                at, self._keys.of_all_places(hashes, chunks, at, tracked.adapter), not group.window_tokens
+            )
+            for at, group in enumerate(self._groups)
+        )
+        self._last += 1
+        self._running[self._last] = _Fetching(self._ranks, time.monotonic() + self._patience_s)
+        self._ordered.append(Fetch(self._last, parts))
+        tracked.fetch = self._last
+        return True
+
+    def outcome(self, tracked: Tracked) -> bool | None:
+        """Whether what a request waits for brought something to the pool; None: not known yet."""
+        fetching = None if tracked.fetch is None else self._running.get(tracked.fetch)
+        if fetching is not None and fetching.ranks > 0 and time.monotonic() < fetching.deadline_s:
+            return None
+        self.leave(tracked)
+        return fetching is not None and (fetching.brought or fetching.ranks > 0)
+
+    def leave(self, tracked: Tracked) -> None:
+        """A request waits no longer."""
+        if tracked.fetch is not None:
+            self._running.pop(tracked.fetch, None)
+            tracked.fetch = None
+
+    def forget(self) -> None:
+        """Have workers forget what they keep below, and fetch nothing until they have."""
+        if self._enabled:
+            self._forget = True
+            self._forgetting = self._ranks
+
+    def reported(self, report: Report) -> None:
+        """Workers are through with orders."""
+        self._forgetting = max(0, self._forgetting - report.forgotten)
+        for number, ranks in report.fetches.items():
+            fetching = self._running.get(number)
+            if fetching is not None:
+                fetching.ranks -= ranks
+                fetching.brought |= bool(report.fetched.get(number))

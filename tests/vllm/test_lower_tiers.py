@@ -1,0 +1,96 @@
+"""Below the pool: what it lost, and what engines of before stored, is brought up before vLLM is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vllm.harness import BLOCK, EngineProcess, Machine, eventually, prompt
+
+TOKENS = 20 * BLOCK + 7
+HIT = 20 * BLOCK
+
+
+@pytest.fixture(scope="module")
+def engine(machine: Machine, model: Callable[..., Path]) -> Iterator[Callable[[str], EngineProcess]]:
+    """Start an engine with a local tier, in a pool of its own."""
+
+    def start(name: str) -> EngineProcess:
+        machine.start_server()
+        machine.start_holder("16MiB")
+        tiers = {"tiers.order": "rocksdb", "tiers.rocksdb.directory": str(machine.folder / "disk")}
+        return machine.engine(model(), name=name, extra=tiers)
+
+    yield start
+    machine.kill_server()
+
+
+def keeps(engine: EngineProcess, chunks: int) -> None:
+    """Wait until so many chunks are written below."""
+    eventually(
+        lambda: engine.call("metrics").get("vllm:vcache_written_chunks_total", 0) >= chunks, "all is below"
+    )
+
+
+def test_what_the_pool_forgot_and_what_an_engine_left_is_loaded_from_below(
+    machine: Machine, engine: Callable[[str], EngineProcess]
+) -> None:
+    first = engine("first")
+    asked = prompt(1, TOKENS)
+    first.ask(asked, max_tokens=4)
+    reference = first.ask(asked, max_tokens=4)  # a hit of vLLM's own
+    assert reference["cached"] == HIT
+    keeps(first, HIT // BLOCK)
+
+    _forget(machine, first)
+    assert machine.chunks() == 0
+    again = first.ask(asked, max_tokens=4)
+    assert _told(again) == _told(reference) and again["cached"] == HIT
+    assert machine.chunks() >= HIT // BLOCK  # they are in the pool again
+    eventually(lambda: _metric(first, "fetched_chunks") == HIT // BLOCK, "it was counted")
+
+    half = prompt(1, 10 * BLOCK) + prompt(2, 5 * BLOCK)
+    _forget(machine, first)
+    mixed = first.ask(half, max_tokens=1)
+    assert mixed["cached"] == 10 * BLOCK
+
+    for process in (first, *machine.engines):
+        process.kill()
+    machine.engines.clear()
+    machine.kill_server()
+    for holder in machine.holders:
+        holder.kill()
+        holder.wait(30)
+    second = engine("second")
+    assert machine.chunks() == 0
+    answer = second.ask(asked, max_tokens=4)
+    assert _told(answer) == _told(reference) and answer["cached"] == HIT
+    machine.nothing_is_held()
+
+
+def test_a_reset_empties_the_tiers_too(machine: Machine) -> None:
+    second = machine.engines[-1]
+    asked = prompt(3, TOKENS)
+    second.ask(asked)
+    keeps(second, HIT // BLOCK)
+    eventually(lambda: second.call("reset", connector=True), "the pool is reset")
+    assert second.ask(asked)["cached"] == 0
+
+
+def _forget(machine: Machine, engine: EngineProcess) -> None:
+    """Have neither vLLM nor the pool know anything any more."""
+    eventually(lambda: engine.call("reset"), "vLLM's own prefix cache is empty")
+    listed = machine.observer.list(0, 1000).rows
+    machine.observer.remove([row.key for row in listed])
+
+
+def _told(answer: dict[str, Any]) -> tuple[Any, Any]:
+    return answer["tokens"], answer["logprobs"]
+
+
+def _metric(engine: EngineProcess, name: str) -> float:
+    metrics: dict[str, float] = engine.call("metrics")
+    return metrics.get(f"vllm:vcache_{name}_total", 0)
