@@ -1,4 +1,4 @@
-"""Loads: ordered when vLLM has allocated blocks, held until all ranks have reported; and what failed lately."""
+"""Loads: ordered when vLLM has allocated blocks, held until all ranks have reported; and what failed."""
 
 from __future__ import annotations
 
