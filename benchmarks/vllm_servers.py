@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -33,12 +34,12 @@ VCACHE: dict[str, Any] = {
 class Folder:
     """Where a run keeps its logs, sockets and files; what was started in it ends with the stack."""
 
-    def __init__(self, path: Path, stack: ExitStack) -> None:
+    def __init__(self, path: Path, stack: ExitStack, engines: dict[int, Child] | None = None) -> None:
         self.path = path
         self.runtime = path / "run"
         self._stack = stack
         self._started = 0
-        self._engines: dict[int, Child] = {}
+        self._engines = {} if engines is None else engines
 
     def start(self, name: str, arguments: list[str], environ: Mapping[str, str] | None = None) -> Child:
         """Start `python -m …`."""
@@ -69,12 +70,9 @@ class Folder:
         self._stack.callback(end)
 
     def start_pool(self) -> None:
-        """A metadata server and a holder."""
+        """A metadata server; engines lend the segments."""
         server = self.start("metadata", ["metadata_server.server", "--runtime-dir", str(self.runtime)])
         server.wait_for_log("ready")
-        holder = ["vcache.cli", "segment", "--device", "shm:0", "--size", SEGMENT]
-        self.start("holder", [*holder, "--runtime-dir", str(self.runtime)])
-        server.wait_for_log("segment lent")
 
     def start_vllm(
         self,
@@ -97,25 +95,56 @@ class Folder:
             arguments += ["--kv-transfer-config", json.dumps(transfer)]
         bound = {
             "VLLM_CPU_OMP_THREADS_BIND": cores,
-            "VLLM_CPU_KVCACHE_SPACE": "2",
+            "VLLM_CPU_KVCACHE_SPACE": "3",
             "VLLM_SERVER_DEV_MODE": "1",  # for /reset_prefix_cache
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
             **(environ or {}),
         }
         child = self.start("vllm", arguments, bound)
+        self._stack.callback(_send, child, signal.SIGCONT)  # what is stopped does not end
         child.wait_until(partial(healthy, port), START_SECONDS_MAX, "answer")
         self._engines[port] = child
         return port
 
     def stop_vllm(self, port: int) -> None:
-        """End the server at this port: an idle one takes cores, too."""
-        self._engines.pop(port).end()
+        """End the server at this port."""
+        child = self._engines.pop(port)
+        _send(child, signal.SIGCONT)
+        child.end()
 
-    def vcache(self) -> dict[str, Any]:
-        """The connector's configuration."""
-        extra = {"runtime_dir": str(self.runtime), "segment.size": 0}
+    def only(self, port: int) -> None:
+        """Of all servers let this one run, and stop the others until it is their turn: an idle one takes
+        cores, too.
+        """
+        for each, child in self._engines.items():
+            if each != port:
+                _send(child, signal.SIGSTOP)
+        _send(self._engines[port], signal.SIGCONT)
+
+    @contextmanager
+    def within(self, name: str) -> Iterator[Folder]:
+        """A folder in this one, whose processes end with the block."""
+        with ExitStack() as stack:
+            inner = Folder(self.path / name, stack, self._engines)
+            inner.path.mkdir(mode=0o700)
+            before = set(self._engines)
+            try:
+                yield inner
+            finally:
+                for port in set(self._engines) - before:
+                    inner.stop_vllm(port)
+
+    def vcache(self, lends: int | str = 0) -> dict[str, Any]:
+        """The connector's configuration. lends: the size of the engine's segment."""
+        extra = {"runtime_dir": str(self.runtime), "segment.size": lends}
         return {**VCACHE, "kv_connector_extra_config": extra}
+
+
+def _send(child: Child, number: signal.Signals) -> None:
+    """To the server and all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(child.process.pid, number)
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 peers.
 
 All servers are started the same way and bound to the same cores, the baseline among them; models have random
-weights; every prompt is asked of a warm server, and is new to it. One run measures everything. To be run in
-the environment that `make test-vllm` makes.
+weights; every prompt is new to a warm server. One run measures everything, side by side: each figure of a
+cache is taken right beside one of the baseline, with all other servers stopped, and their differences are
+what is compared. To be run in the environment that `make test-vllm` makes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from rich.table import Table
 
 from benchmarks.vllm_servers import (
     BLOCK_TOKENS,
+    SEGMENT,
     Folder,
     folder,
     forget,
@@ -36,28 +38,46 @@ from benchmarks.vllm_servers import (
     program,
 )
 from demo.processes import DemoFailed
-from demo.random_model import VOCABULARY, make_model
+from demo.random_model import DTYPE_BYTES, VOCABULARY, fast_dtype, make_model
 from demo.vllm_client import complete
 
 LENGTHS = (512, 1024, 2048, 3000)
 MODELS = {"GQA4": 4, "MHA16": 16}
+LAYERS, HEAD_SIZE = 8, 64
 WARM_UP = 4
 CHATS, TURNS, TURN_TOKENS, ANSWER_TOKENS = 6, 4, 400, 16
+
+COLD, FLOOR, STORING, OURS = "cold", "own prefix cache", "cold, VCache storing", "VCache"
+
+Prompts = dict[int, list[list[int]]]
+"""By their length."""
 
 
 @dataclass
 class Figures:
-    """Median seconds to the first token, by what was measured and prompt length; what was left out, why."""
+    """Seconds to the first token of each measurement, by what was measured and prompt length.
 
-    ttft_s: dict[tuple[str, int], float] = field(default_factory=dict)
+    over: of what came from a cache, how much longer than the baseline's own hit right beside it. ratios: of
+    cold prompts that VCache stored, to those of the baseline. left_out: peers, and why.
+    """
+
+    ttft_s: dict[tuple[str, int], list[float]] = field(default_factory=lambda: defaultdict(list))
+    over_s: dict[tuple[str, int], list[float]] = field(default_factory=lambda: defaultdict(list))
+    ratios: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     left_out: dict[str, str] = field(default_factory=dict)
+
+    def median_ms(self, name: str, length: int) -> float | None:
+        """The median of what was measured."""
+        found = self.ttft_s.get((name, length))
+        return statistics.median(found) * 1e3 if found else None
 
 
 def main() -> int:
     """Measure, print; 0 if the wanted bounds are met."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--repeats", type=int, default=5, help="prompts of each length (5)")
+    parser.add_argument("--prompts", type=int, default=3, help="of each length (3)")
+    parser.add_argument("--rounds", type=int, default=5, help="hits of each prompt (5)")
     parser.add_argument("--cores", default="0-1", help="as VLLM_CPU_OMP_THREADS_BIND says them (0-1)")
     parser.add_argument("--without", nargs="*", default=[], help="of: example lmcache mooncake chat")
     options = parser.parse_args()
@@ -65,7 +85,7 @@ def main() -> int:
     good = True
     with tempfile.TemporaryDirectory(prefix="vct", dir="/dev/shm") as name:
         for label in options.models:
-            model = make_model(Path(name) / label, kv_heads=MODELS[label])
+            model = make_model(Path(name) / label, kv_heads=MODELS[label], layers=LAYERS)
             good &= _measure_model(console, Path(name), label, model, options)
             shutil.rmtree(model)
     return 0 if good else 1
@@ -75,25 +95,27 @@ def _measure_model(
     console: Console, base: Path, label: str, model: Path, options: argparse.Namespace
 ) -> bool:
     figures = Figures()
-    runs: list[tuple[str, Callable[[Folder, Path, Figures, argparse.Namespace], None]]] = [
-        ("vLLM", _baseline),
-        ("VCache", _vcache),
-        ("example", _example),
-        ("lmcache", _lmcache),
-        ("mooncake", _mooncake),
-    ]
-    for name, run in runs:
-        if name in options.without:
-            continue
-        console.print(f"{label}: {name}")
-        try:
-            with folder(base / f"{label}-{name}") as where:
-                run(where, model, figures, options)
-        except (DemoFailed, OSError, RuntimeError) as error:
-            if name in ("vLLM", "VCache"):
-                raise
-            figures.left_out[name] = str(error)[-300:]
-    token_bytes = 8 * 2 * MODELS[label] * 64 * 2
+    prompts = {length: _prompts(1, length, options.prompts) for length in LENGTHS}
+    with folder(base / f"{label}-ttft") as where:
+        console.print(f"{label}: vLLM and VCache")
+        floor = where.start_vllm(model, options.cores)
+        _warm(floor)
+        with where.within("vcache") as inner:
+            _vcache(inner, floor, model, prompts, figures, options)
+        for name, start in (
+            ("ExampleConnector", _example),
+            ("LMCacheMPConnector", _lmcache),
+            ("MooncakeStoreConnector", _mooncake),
+        ):
+            if name.lower().startswith(tuple(options.without or ["-"])):
+                continue
+            console.print(f"{label}: {name}")
+            try:
+                with where.within(name) as inner:
+                    _peer(inner, start(inner, model, options), floor, name, prompts, figures, options)
+            except (DemoFailed, OSError, RuntimeError) as error:
+                figures.left_out[name] = str(error)[-300:]
+    token_bytes = LAYERS * 2 * MODELS[label] * HEAD_SIZE * DTYPE_BYTES[fast_dtype()]
     good = _report(console, label, figures, token_bytes)
     if "chat" not in options.without:
         console.print(_chat(base / f"{label}-chat", model))
@@ -103,61 +125,110 @@ def _measure_model(
 # -- what is measured
 
 
-def _baseline(where: Folder, model: Path, figures: Figures, options: argparse.Namespace) -> None:
-    port = where.start_vllm(model, options.cores)
-    _warm(port)
-    for length in LENGTHS:
-        pairs = []
-        for prompt in _prompts(1, length, options.repeats):
-            cold = complete(port, prompt, max_tokens=1).ttft_s
-            pairs.append((cold, _hit(port, prompt)))
-        _note(figures, ("cold", "own prefix cache"), length, pairs)
-
-
-def _vcache(where: Folder, model: Path, figures: Figures, options: argparse.Namespace) -> None:
-    """One engine computes and stores, and ends; another one hits, in a segment that neither lent."""
+def _vcache(
+    where: Folder, floor: int, model: Path, prompts: Prompts, figures: Figures, options: argparse.Namespace
+) -> None:
+    """One engine computes and stores in its segment, another one hits there."""
     where.start_pool()
-    writer = where.start_vllm(model, options.cores, where.vcache())
+    writer = where.start_vllm(model, options.cores, where.vcache(SEGMENT))
+    where.only(writer)
     _warm(writer, 98)
-    cold: dict[int, list[float]] = {length: [] for length in LENGTHS}
-    for length in LENGTHS:
-        for prompt in _prompts(2, length, options.repeats):
-            cold[length].append(complete(writer, prompt, max_tokens=1).ttft_s)
-            forget(writer)  # which waits until all is stored
-    where.stop_vllm(writer)
+    for length, turn, prompt in _each(prompts):
+        asked: list[tuple[str, int]] = [(COLD, floor), (STORING, writer)]
+        seconds = {}
+        for name, port in asked if turn % 2 else asked[::-1]:
+            where.only(port)
+            seconds[name] = complete(port, prompt, max_tokens=1).ttft_s
+            figures.ttft_s[name, length].append(seconds[name])
+        where.only(writer)
+        forget(writer)  # which waits until all is stored
+        figures.ratios[length].append(seconds[STORING] / seconds[COLD])
     reader = where.start_vllm(model, options.cores, where.vcache())
+    where.only(reader)
     _warm(reader, 99)
-    for length in LENGTHS:
-        hits = [_hit(reader, prompt) for prompt in _prompts(2, length, options.repeats)]
-        _note(figures, ("cold, storing", "VCache"), length, list(zip(cold[length], hits, strict=True)))
+    _hits(where, floor, reader, OURS, prompts, figures, options)
 
 
-def _example(where: Folder, model: Path, figures: Figures, options: argparse.Namespace) -> None:
+def _peer(
+    where: Folder,
+    port: int,
+    floor: int,
+    name: str,
+    prompts: Prompts,
+    figures: Figures,
+    options: argparse.Namespace,
+) -> None:
+    """One engine stores, forgets what it has itself, and hits."""
+    where.only(port)
+    _warm(port)
+    for length, _, prompt in _each(prompts):
+        figures.ttft_s[f"cold, {name}", length].append(complete(port, prompt, max_tokens=1).ttft_s)
+        time.sleep(0.5)  # its stores have no end that one could wait for
+    forget(port)
+    _hits(where, floor, port, name, prompts, figures, options)
+
+
+def _hits(
+    where: Folder,
+    floor: int,
+    port: int,
+    name: str,
+    prompts: Prompts,
+    figures: Figures,
+    options: argparse.Namespace,
+) -> None:
+    """Each prompt at the baseline, which has it itself, and at a server that gets it from its cache."""
+    whole = name == OURS
+    for number in range(options.rounds + 1):
+        for length, turn, prompt in _each(prompts):
+            seconds = {}
+            asked: list[tuple[str, int]] = [(FLOOR, floor), (name, port)]
+            for each, at in asked if (turn + number) % 2 else asked[::-1]:
+                where.only(at)
+                if at == port:
+                    forget(port)
+                seconds[each] = _hit(at, prompt, whole=whole or each == FLOOR)
+            if number:  # the first round warms up
+                figures.over_s[name, length].append(seconds[name] - seconds[FLOOR])
+                for each, second in seconds.items():
+                    figures.ttft_s[each, length].append(second)
+
+
+def _each(prompts: Prompts) -> list[tuple[int, int, list[int]]]:
+    """(length, number, prompt) of all, lengths taking turns."""
+    count = len(prompts[LENGTHS[0]])
+    return [(length, number, prompts[length][number]) for number in range(count) for length in LENGTHS]
+
+
+# -- peers
+
+
+def _example(where: Folder, model: Path, options: argparse.Namespace) -> int:
     transfer = {
         "kv_connector": "ExampleConnector",
         "kv_role": "kv_both",
         "kv_connector_extra_config": {"shared_storage_path": str(where.path / "kv")},
     }
-    _peer(where.start_vllm(model, options.cores, transfer), "ExampleConnector", figures, options)
+    return where.start_vllm(model, options.cores, transfer)
 
 
-def _lmcache(where: Folder, model: Path, figures: Figures, options: argparse.Namespace) -> None:
+def _lmcache(where: Folder, model: Path, options: argparse.Namespace) -> int:
     command = program("lmcache")
     if command is None:
         raise RuntimeError("lmcache is not installed")
     port, http = free_port(), free_port()
     serving = ["server", "--host", "127.0.0.1", "--port", str(port), "--http-port", str(http)]
-    sizes = ["--l1-size-gb", "2", "--chunk-size", "64", "--eviction-policy", "LRU"]
+    sizes = ["--l1-size-gb", "3", "--chunk-size", "64", "--eviction-policy", "LRU"]
     where.run([command, *serving, *sizes, "--supported-transfer-mode", "engine_driven"])
     transfer = {
         "kv_connector": "LMCacheMPConnector",
         "kv_role": "kv_both",
         "kv_connector_extra_config": {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port},
     }
-    _peer(where.start_vllm(model, options.cores, transfer), "LMCacheMPConnector", figures, options)
+    return where.start_vllm(model, options.cores, transfer)
 
 
-def _mooncake(where: Folder, model: Path, figures: Figures, options: argparse.Namespace) -> None:
+def _mooncake(where: Folder, model: Path, options: argparse.Namespace) -> int:
     master, client = program("mooncake_master"), program("mooncake_client")
     if master is None or client is None or not has_module("mooncake"):
         raise RuntimeError("mooncake is not installed (mooncake-transfer-engine-non-cuda)")
@@ -165,7 +236,7 @@ def _mooncake(where: Folder, model: Path, figures: Figures, options: argparse.Na
     address = f"127.0.0.1:{port}"
     where.run([master, "--port", str(port)])
     time.sleep(2)
-    lending = ["--host", "127.0.0.1", "--global_segment_size", "1GB", "--metadata_server", "P2PHANDSHAKE"]
+    lending = ["--host", "127.0.0.1", "--global_segment_size", "3GB", "--metadata_server", "P2PHANDSHAKE"]
     where.run([client, *lending, "--master_server_address", address, "--protocol", "tcp"])
     time.sleep(2)
     config = where.path / "mooncake.json"
@@ -180,21 +251,7 @@ def _mooncake(where: Folder, model: Path, figures: Figures, options: argparse.Na
     }
     config.write_text(json.dumps(said))
     transfer = {"kv_connector": "MooncakeStoreConnector", "kv_role": "kv_both"}
-    server = where.start_vllm(model, options.cores, transfer, environ={"MOONCAKE_CONFIG_PATH": str(config)})
-    _peer(server, "MooncakeStoreConnector", figures, options)
-
-
-def _peer(port: int, name: str, figures: Figures, options: argparse.Namespace) -> None:
-    """One engine stores, forgets what it has itself, and hits."""
-    _warm(port)
-    for length in LENGTHS:
-        pairs = []
-        for prompt in _prompts(3, length, options.repeats):
-            cold = complete(port, prompt, max_tokens=1).ttft_s
-            time.sleep(0.5)  # its stores have no end that one could wait for
-            forget(port)
-            pairs.append((cold, _hit(port, prompt, whole=False)))
-        _note(figures, (f"cold, {name}", name), length, pairs)
+    return where.start_vllm(model, options.cores, transfer, environ={"MOONCAKE_CONFIG_PATH": str(config)})
 
 
 def _hit(port: int, prompt: list[int], *, whole: bool = True) -> float:
@@ -217,11 +274,6 @@ def _prompts(seed: int, length: int, count: int) -> list[list[int]]:
     return [[draw.randrange(3, VOCABULARY) for _ in range(length)] for _ in range(count)]
 
 
-def _note(figures: Figures, names: tuple[str, str], length: int, pairs: list[tuple[float, float]]) -> None:
-    for name, seconds in zip(names, zip(*pairs, strict=True), strict=True):
-        figures.ttft_s[name, length] = statistics.median(seconds)
-
-
 # -- the report
 
 
@@ -237,29 +289,27 @@ def _memcpy_s(size: int) -> float:
 
 
 def _report(console: Console, label: str, figures: Figures, token_bytes: int) -> bool:
-    table = Table("TTFT in ms", *map(str, LENGTHS), title=f"{label}, {token_bytes >> 10} KiB a token")
-    names = dict.fromkeys(name for name, _ in figures.ttft_s)
-    for name in names:
-        cells = [figures.ttft_s.get((name, length)) for length in LENGTHS]
-        table.add_row(name, *("-" if cell is None else f"{cell * 1e3:.1f}" for cell in cells))
-    bounds = []
-    for length in LENGTHS:
-        loaded = (length - 1) // BLOCK_TOKENS * BLOCK_TOKENS * token_bytes
-        bounds.append(1.5 * _memcpy_s(loaded) + 3e-3)
-    floor = [figures.ttft_s["own prefix cache", length] for length in LENGTHS]
-    ours = [figures.ttft_s["VCache", length] for length in LENGTHS]
-    over = [a - b for a, b in zip(ours, floor, strict=True)]
+    title = f"{label}, {fast_dtype()}, {token_bytes >> 10} KiB a token: medians"
+    table = Table("TTFT in ms", *map(str, LENGTHS), title=title)
+    for name in dict.fromkeys(name for name, _ in figures.ttft_s):
+        cells = [figures.median_ms(name, length) for length in LENGTHS]
+        table.add_row(name, *("-" if cell is None else f"{cell:.1f}" for cell in cells))
     table.add_section()
-    table.add_row("VCache over the floor", *(f"{seconds * 1e3:.1f}" for seconds in over))
-    table.add_row("wanted: 1.5 × memcpy + 3 ms", *(f"≤ {seconds * 1e3:.1f}" for seconds in bounds))
-    storing = [figures.ttft_s["cold, storing", length] / figures.ttft_s["cold", length] for length in LENGTHS]
+    over: dict[str, list[float]] = {}
+    for name in dict.fromkeys(name for name, _ in figures.over_s):
+        over[name] = [statistics.median(figures.over_s[name, length]) * 1e3 for length in LENGTHS]
+        table.add_row(f"{name}, over the floor", *(f"{each:.1f}" for each in over[name]))
+    loaded = [(length - 1) // BLOCK_TOKENS * BLOCK_TOKENS * token_bytes for length in LENGTHS]
+    bounds = [1.5e3 * _memcpy_s(size) + 3 for size in loaded]
+    table.add_row("wanted: 1.5 × memcpy + 3 ms", *(f"≤ {bound:.1f}" for bound in bounds))
+    storing = [statistics.median(figures.ratios[length]) for length in LENGTHS]
     table.add_row("cold, storing / cold (wanted ≤ 1.03)", *(f"{ratio:.3f}" for ratio in storing))
     console.print(table)
     for name, why in figures.left_out.items():
         console.print(f"left out: {name}: {why}", markup=False)
-    peers = {name for name in names if name.endswith("Connector") and not name.startswith("cold")}
-    faster = all(figures.ttft_s[peer, n] > figures.ttft_s["VCache", n] for peer in peers for n in LENGTHS)
-    met = all(a <= b for a, b in zip(over, bounds, strict=True))
+    met = all(a <= b for a, b in zip(over[OURS], bounds, strict=True))
+    peers = [values for name, values in over.items() if name != OURS]
+    faster = all(a < b for values in peers for a, b in zip(over[OURS], values, strict=True))
     console.print(f"over the floor: {'met' if met else 'missed'}; faster than each peer: {faster}")
     return met and faster and max(storing) <= 1.03
 
@@ -268,20 +318,20 @@ def _report(console: Console, label: str, figures: Figures, token_bytes: int) ->
 
 
 def _chat(path: Path, model: Path) -> str:
-    """Seconds that chats take over two engines, a core each, every turn at the other engine; without and
-    with.
+    """Turns per second of chats over two engines, a core each, every turn at the other engine; without
+    VCache and with it.
     """
     seconds = {}
     for name in ("without", "with"):
         with folder(Path(f"{path}-{name}")) as where:
             if name == "with":
                 where.start_pool()
-            transfer = where.vcache() if name == "with" else None
-            ports = [where.start_vllm(model, core, transfer) for core in ("0", "1")]
+            transfers = [where.vcache("1GiB") if name == "with" else None for _ in range(2)]
+            ports = [where.start_vllm(model, core, each) for core, each in zip("01", transfers, strict=True)]
             for port in ports:
                 _warm(port)
             seconds[name] = _chats(ports)
-            hits = sum(metric(port, "vllm:vcache_hit_tokens_total") for port in ports) if transfer else 0
+            hits = sum(metric(port, "vllm:vcache_hit_tokens_total") for port in ports if name == "with")
     turns = CHATS * TURNS
     faster = seconds["without"] / seconds["with"]
     return (
