@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from demo.processes import Child
+from demo.random_model import fast_dtype
 from demo.vllm_client import get, healthy
 
 START_SECONDS_MAX = 600.0
@@ -89,7 +90,7 @@ class Folder:
             *("--model", str(model), "--served-model-name", "m", "--port", str(port), "--host", "127.0.0.1"),
             *("--max-model-len", "8192", "--block-size", str(BLOCK_TOKENS), "--enforce-eager"),
             *("--prefix-caching-hash-algo", "sha256_cbor", "--enable-prompt-tokens-details"),
-            *("--max-num-seqs", "8"),
+            *("--max-num-seqs", "8", "--dtype", fast_dtype()),
         ]
         if transfer is not None:
             arguments += ["--kv-transfer-config", json.dumps(transfer)]
