@@ -97,7 +97,7 @@ def test_the_file_is_named_by_a_setting(tmp_path: Path) -> None:
         ({"lookup_deadline": 1}, "lookup_deadline .*: unknown field; did you mean 'lookup_deadline_ms'"),
         ({"segment.sise": 1}, r"segment.sise \(from kv_connector_extra_config\): unknown field"),
         ({"segment": {"size": "many"}}, r"segment.size \(from kv_connector_extra_config\): got 'many'"),
-        ({"config": "/nowhere.yaml"}, "/nowhere.yaml"),
+        ({"config": "/nowhere.yaml"}, r"config \(from kv_connector_extra_config\): /nowhere.yaml: cannot be"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_its_name(extra: dict[str, Any], words: str) -> None:

@@ -8,7 +8,8 @@ model=${1:?the model: a folder, or a name on the hub}
 shift
 
 # Cores for the model's threads. Set it always: with a KV connector vLLM otherwise leaves one core out.
-export VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-0-$(($(nproc) - 1))}
+cores=$(python -c 'import os; print(*sorted(os.sched_getaffinity(0)), sep=",")')
+export VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-$cores}
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-4}
 
 exec python -m vllm.entrypoints.openai.api_server \

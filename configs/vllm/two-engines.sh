@@ -13,9 +13,11 @@ trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
 vcache-metadata &
 vcache segment --device shm:0 --size "${POOL:-4GiB}" &
 
-half=$(($(nproc) / 2))
+read -ra cores <<<"$(python -c 'import os; print(*sorted(os.sched_getaffinity(0)))')"
+half=$(((${#cores[@]} + 1) / 2))
 for engine in 0 1; do
-    VLLM_CPU_OMP_THREADS_BIND=$((engine * half))-$(((engine + 1) * half - 1)) \
+    mine=("${cores[@]:engine * half % ${#cores[@]}:half}")
+    VLLM_CPU_OMP_THREADS_BIND=$(IFS=,; echo "${mine[*]}") \
         python -m vllm.entrypoints.openai.api_server \
         --model "$model" \
         --port $((8000 + engine)) \

@@ -87,5 +87,8 @@ def read_settings(extra: Mapping[str, Any]) -> Configured:
     try:
         loaded = load(settings.config, **fields)
     except ConfigError as error:
-        raise ConfigError(str(error).replace("(from argument)", f"(from {_SOURCE})")) from None
+        words = str(error).replace("(from argument)", f"(from {_SOURCE})")
+        if settings.config is not None and words.startswith(settings.config):
+            words = f"config (from {_SOURCE}): {words}"
+        raise ConfigError(words) from None
     return Configured(settings, loaded.config)
