@@ -113,6 +113,7 @@ class Folder:
         child = self._engines.pop(port)
         _send(child, signal.SIGCONT)
         child.end()
+        _send(child, signal.SIGKILL)  # what it has left behind
 
     def only(self, port: int) -> None:
         """Of all servers let this one run, and stop the others until it is their turn: an idle one takes
@@ -135,6 +136,11 @@ class Folder:
             finally:
                 for port in set(self._engines) - before:
                     inner.stop_vllm(port)
+
+    def last_words(self) -> str:
+        """The ends of the logs of what was started here."""
+        tails = {path.name: path.read_text(errors="replace")[-400:] for path in self.path.glob("*.log")}
+        return "\n".join(f"{name}: …{tail}" for name, tail in tails.items())
 
     def vcache(self, lends: int | str = 0) -> dict[str, Any]:
         """The connector's configuration. lends: the size of the engine's segment."""
@@ -160,7 +166,8 @@ def forget(port: int) -> None:
     """Empty a server's own prefix cache."""
     import http.client
 
-    for _ in range(200):
+    deadline_s = time.monotonic() + 30
+    while time.monotonic() < deadline_s:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         connection.request("POST", "/reset_prefix_cache")
         response = connection.getresponse()

@@ -20,6 +20,7 @@ import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -76,8 +77,8 @@ def main() -> int:
     """Measure, print; 0 if the wanted bounds are met."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--prompts", type=int, default=3, help="of each length (3)")
-    parser.add_argument("--rounds", type=int, default=5, help="hits of each prompt (5)")
+    parser.add_argument("--prompts", type=int, default=2, help="of each length (2)")
+    parser.add_argument("--rounds", type=int, default=7, help="hits of each prompt (7)")
     parser.add_argument("--cores", default="0-1", help="as VLLM_CPU_OMP_THREADS_BIND says them (0-1)")
     parser.add_argument("--without", nargs="*", default=[], help="of: example lmcache mooncake chat")
     options = parser.parse_args()
@@ -110,11 +111,11 @@ def _measure_model(
             if name.lower().startswith(tuple(options.without or ["-"])):
                 continue
             console.print(f"{label}: {name}")
-            try:
-                with where.within(name) as inner:
+            with where.within(name) as inner:
+                try:
                     _peer(inner, start(inner, model, options), floor, name, prompts, figures, options)
-            except (DemoFailed, OSError, RuntimeError) as error:
-                figures.left_out[name] = str(error)[-300:]
+                except (DemoFailed, OSError, RuntimeError, HTTPException) as error:
+                    figures.left_out[name] = f"{str(error)[-300:]}\n{inner.last_words()}"
     token_bytes = LAYERS * 2 * MODELS[label] * HEAD_SIZE * DTYPE_BYTES[fast_dtype()]
     good = _report(console, label, figures, token_bytes)
     if "chat" not in options.without:
@@ -177,7 +178,10 @@ def _hits(
     figures: Figures,
     options: argparse.Namespace,
 ) -> None:
-    """Each prompt at the baseline, which has it itself, and at a server that gets it from its cache."""
+    """Each prompt at the baseline, which has it itself, and at a server that gets it from its cache.
+
+    Both answer a few tokens first: who has just been stopped has cold caches and sleeping threads.
+    """
     whole = name == OURS
     for number in range(options.rounds + 1):
         for length, turn, prompt in _each(prompts):
@@ -187,6 +191,7 @@ def _hits(
                 where.only(at)
                 if at == port:
                     forget(port)
+                complete(at, [length, turn, number], max_tokens=1)
                 seconds[each] = _hit(at, prompt, whole=whole or each == FLOOR)
             if number:  # the first round warms up
                 figures.over_s[name, length].append(seconds[name] - seconds[FLOOR])
