@@ -207,8 +207,6 @@ class Machine:
             **self.environ(),
             "VLLM_CPU_OMP_THREADS_BIND": cores,
             "VLLM_CPU_KVCACHE_SPACE": "1",
-            # The engine's core in the engine's process: one less to start. The servers' tests have it apart.
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "INFO",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
