@@ -398,6 +398,14 @@ class Sessions:
         if holder is not None and holder.connection is not None:
             self._send(holder.connection, protocol.Detached(ending.seq, number))
 
+    def call(self) -> None:
+        """Tell those for whom the directory has offers; who has no connection now asks when it comes back."""
+        called = self._directory.called
+        while called:
+            peer = self.peers.get(called.pop())
+            if peer is not None and peer.connection is not None:
+                self._send(peer.connection, protocol.Offering())
+
     # -- sockets
 
     def _send(

@@ -298,6 +298,32 @@ TIER_DISK_MARGIN_BYTES: Final = 64 * MIB
 system that is full to the last byte hurts everybody on it.
 """
 
+OFFERS_MAX: Final = 256
+"""Chunks that wait to be copied before they are evicted, or are being copied: bounds what is pinned so."""
+
+OFFERS_PER_REQUEST_MAX: Final = 16
+"""Chunks that one process takes at once to copy: half a gigabyte of large ones, and others find some, too."""
+
+OFFER_AHEAD_SHARE: Final = 16
+"""One extent in so many is free, or copied already, before a store needs it: a burst that is larger waits."""
+
+OFFER_AHEAD_MAX: Final = 64
+"""The most of them: two gigabytes of large chunks; to look for them costs every reserve of a full pool."""
+
+OFFER_S: Final = 2.0
+"""How long a chunk may wait to be copied, or be copied: then nobody waits for it, and it may be evicted."""
+
+SAVE_WAIT_S: Final = 0.25
+"""How long a store waits for extents that are being copied: a few large chunks to a slow disk. Then chunks go
+that nobody has copied, and are counted.
+"""
+
+SAVE_LOOK_S: Final = 0.002
+"""How often it looks: a fraction of what one copy takes."""
+
+SAVES_MAX: Final = 16
+"""Chunks that one engine writes to the lower tiers before they are evicted, at once: some for each tier."""
+
 PREFETCH_CHUNKS_MAX: Final = 256
 """Chunks that wait to be prefetched: some long prompts; later ones are loaded when they are retrieved."""
 

@@ -171,7 +171,7 @@ class WorkerHalf:
             config = msgspec.structs.replace(config, device=f"cuda:{device.index or 0}")
         self._lending = Lending(config)
         name = f"vllm-worker-{self._vllm_config.kv_transfer_config.engine_id}"[:60]
-        self._client = client = Client(config, name=name, new_segment=self._lending.source)
+        self._client = client = self._lending.client(name)
         copies = Copies(self._counters, LaunchOptions(config.engine.sm_limit), loads=self._lanes)
         for pages in described:
             prepare(pages.paged)

@@ -100,6 +100,10 @@ class Gone(Message, frozen=True):
     segment: int
 
 
+class Offering(Message, frozen=True):
+    """Notice: there are chunks for this session to copy; it asks for them with `Offers`."""
+
+
 class Refused(Message, frozen=True):
     """Answer to a session message that the server does not grant (seq 0: the connection itself)."""
 
@@ -113,4 +117,4 @@ class Ended(Message, frozen=True):
 
 
 FromClient: TypeAlias = Hello | Attach | Detach | Open | Unmapped | Bye
-FromServer: TypeAlias = Welcome | Attached | Detached | Opened | Gone | Refused | Ended
+FromServer: TypeAlias = Welcome | Attached | Detached | Opened | Gone | Offering | Refused | Ended
