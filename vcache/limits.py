@@ -290,8 +290,13 @@ TIER_CONNECTIONS_MAX: Final = 8
 TIER_LIST_MAX: Final = 256
 """Rows in one page of a tier's listing: they fit one message."""
 
-TIER_WRITE_BUFFER_BYTES: Final = 128 * MIB
-"""What the database gathers in memory before it writes a file: four chunks of 32 MiB, one long write."""
+TIER_PIECE_BYTES: Final = 512 * KIB
+"""A record is read and written so much at a time: it is in the second-level cache still when its checksum is
+computed, and a call of the kernel costs nothing beside it.
+"""
+
+TIER_USES_MAX: Final = 256
+"""Reads of which an engine has not told the owner of a database yet: their keys fit one message."""
 
 TIER_DISK_MARGIN_BYTES: Final = 64 * MIB
 """Bytes on the disk that a database leaves free, or a sixteenth of the disk where that is less: a file

@@ -114,7 +114,7 @@ class _Holder:
     def hold(self, rank: int, *, as_json: bool) -> int:
         """Lend until told to end. A pool that has lost its table gets new memory, which is said again."""
         client = Client(self._config, name=f"holder {self._config.device}", new_segment=self._next, rank=rank)
-        SegmentMover(client)
+        SegmentMover(client, self._config.device)
         try:
             while True:
                 self._allocated.get()

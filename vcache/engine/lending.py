@@ -46,7 +46,7 @@ class Lending:
         """A session that lends the segment, and makes the copies to and from it that the server wants."""
         client = Client(self._config, name=name, new_segment=self.source, rank=self._config.segment.rank)
         if self.source is not None:
-            SegmentMover(client)
+            SegmentMover(client, self._device)
         return client
 
     def close(self) -> None:

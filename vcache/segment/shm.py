@@ -75,6 +75,9 @@ class ShmSegment(Segment):
     def _read_incarnation(self) -> int:
         return self._mapping.read_word(INCARNATION_AT)
 
+    def _host(self, offset: int, length: int) -> memoryview:
+        return self._mapping.view(offset, length)
+
     def _copy_out(self, offset: int, length: int) -> bytes:
         return self._mapping.read(offset, length)
 
@@ -122,6 +125,9 @@ class MappedShmSegment(MappedSegment):
 
     def _read_incarnation(self) -> int:
         return self._mapping.read_word(INCARNATION_AT)
+
+    def _host(self, offset: int, length: int) -> memoryview:
+        return self._mapping.view(offset, length)
 
     def _copy_out(self, offset: int, length: int) -> bytes:
         return self._mapping.read(offset, length)
