@@ -30,6 +30,10 @@ a false match is rarer than one in a million, and all that it does is to give on
 GHOST_ORDER: Final = 2
 """The ghost's order may be twice as long as what it remembers: bounds the entries of keys that were taken."""
 
+PEEK_SHARE: Final = 8
+PEEK_MORE: Final = 512
+"""How many extents S3-FIFO looks at for each that it is to name, and besides: bounds what a reserve costs."""
+
 _OUT: Final = 255
 """In place of its touches: the extent is not in the policy. More than TOUCHES_MAX, so never touched."""
 
@@ -193,7 +197,9 @@ class S3FIFO:
         untouched: list[int] = []
         touched: list[int] = []
         capacity, small, main = len(self), None, None
-        while len(untouched) < count:
+        for _ in range(PEEK_SHARE * max(count, 0) + PEEK_MORE):
+            if len(untouched) >= count:
+                break
             extent, is_small = self._next(capacity, len(untouched), small, main)
             if extent is None:
                 break

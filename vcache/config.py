@@ -131,8 +131,7 @@ class RocksdbConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     # Ours alone, mode 700, on the SSD; made if it is not there. None: $XDG_CACHE_HOME/vcache, else
     # ~/.cache/vcache.
     directory: Text | None = None
-    # Bytes of all chunks; beyond them the least recently used go. Leave a third more on the disk: what was
-    # deleted is given back in whole files.
+    # Bytes of all chunks; beyond them the least recently used go.
     size: Annotated[
         int, Meta(ge=1 << 20, le=SIZE_MAX, extra={"wanted": f"{SIZE_WANTED}, at least 1MiB", "size": True})
     ] = 64 * GIB

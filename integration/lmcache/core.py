@@ -66,6 +66,7 @@ class Core:
             counters=self.counters,
             tiers=settings.tiers,
             tier_queue_chunks=config.engine.tier_queue_chunks,
+            write_back=config.tiers.policy == "write-back",
             synchronise=_synchroniser(config.device),
         )
         self.owner: object = None

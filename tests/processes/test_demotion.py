@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 
 from tests.processes.content import LAYOUT, prompt
+from tests.processes.devices import GPUS
 from tests.processes.pool import Pool
 from tests.processes.worker import DEADLINE_S, all_stopped, eventually
 from vcache.keys import KeyChain
 
 CHUNK = LAYOUT.chunk_tokens
-PROMPT = 4 * CHUNK
+PROMPT = (40 if GPUS else 4) * CHUNK
 SMALL = 4096 + 10 * 8192
-"""A segment with room for ten chunks (on a GPU for more: it then takes more prompts to fill it)."""
+"""A segment with room for ten chunks; on a GPU, whose segments are of 2 MiB at least, for 255."""
 PROMPTS = range(1, 9)
 
 

@@ -134,8 +134,8 @@ class RocksTier:
     takes. The database belongs to a process of its own, started by whoever needs it first; every engine that
     names the directory shares it, and the newest engine's settings count. capacity_bytes: of all records; the
     least recently used go first. ttl_s: age at which a record expires, also one of before; 0: none.
-    deadline_s: of one call. clock: seconds since 1970. own_settings: False leaves the settings of the owner as
-    they are.
+    deadline_s: of one call. clock: seconds since 1970. own_settings: False leaves those of the owner
+    as they are.
 
     Raises ConfigError for a directory that is not private, ArgumentError.
     """
