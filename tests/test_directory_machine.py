@@ -40,7 +40,7 @@ TRAFFIC = (
     *("read_under_a_lease", "release", "abort", "declare") * 2,
     *("something_late_arrives", "client_gives_up", "request_is_sent_again", "a_stopped_writer_wakes_up"),
     *("look_up", "touch", "remove"),
-    *("ask_for_offers", "copy_ends") * 2,
+    *("ask_for_offers", "copy_ends") * 4,
     *("client_comes_back",) * 4,
 )
 UPHEAVALS = (
@@ -83,6 +83,9 @@ class PoolMachine(RuleBasedStateMachine):
         for _ in range(2):
             self._begin_session()
         self._add_segment(self.clients[1], MIB, 0)
+        if dice.random() < 0.6:
+            self._add_segment(self.clients[2], MIB, 1)
+            self._send(self.clients[1], protocol.Offers(False, 16), "answered")
         if dice.random() < 0.5:
             self._store(self.clients[1], 1, 0, 60)
 
@@ -458,13 +461,15 @@ class PoolMachine(RuleBasedStateMachine):
         form = dice.choice(FORMS)
         first = dice.choice(FIRST)
         count = dice.choice((4, 20, 60))
+        patient = dice.random() < 0.6
         client = self._clients(dice)
         if client is not None:
-            self._store(client, form, first, count)
+            self._store(client, form, first, count, patient)
 
-    def _store(self, client: Client, form: int, first: int, count: int) -> None:
+    def _store(self, client: Client, form: int, first: int, count: int, patient: bool = False) -> None:
         before = set(client.reserved)
-        self._reserve(client, form, range(form * 1000 + first, form * 1000 + first + count), 0, 0, "answered")
+        numbers = range(form * 1000 + first, form * 1000 + first + count)
+        self._reserve(client, form, numbers, 0, 0, "answered", patient)
         fresh = {handle: client.reserved.pop(handle) for handle in set(client.reserved) - before}
         client.reserved = fresh | client.reserved
         if fresh:
@@ -595,9 +600,10 @@ class PoolMachine(RuleBasedStateMachine):
     # -- copying for the pool
 
     def ask_for_offers(self, dice: Random) -> None:
-        below, limit = dice.random() < 0.4, dice.choice((0, 1, 4, 16))
+        below, limit = dice.random() < 0.3, dice.choice((0, 1, 4, 16, 16, 16))
         fate = dice.choice(FATES)
-        client = self._clients(dice)
+        lenders = {lender for lender, _ in self.lenders.values()}
+        client = self._clients(dice, lambda each: below or each.session in lenders)
         if client is not None:
             self._send(client, protocol.Offers(below, limit), fate)
 
@@ -628,9 +634,11 @@ class PoolMachine(RuleBasedStateMachine):
         client = self._clients(dice, lambda each: each.pins)
         if client is None:
             return
-        rid = sorted(client.pins)[int(pick * len(client.pins))]
+        ours = [(rid, source) for rid, held in client.pins.items() for source in held]
+        copies = [each for each in ours if each in self.copies]
+        ours = copies or ours
+        rid, source = ours[int(pick * len(ours))]
         held = client.pins[rid]
-        source = sorted(held)[int(pick * len(held))]
         target = self.copies.get((rid, source))
         if target is not None and target not in client.reserved:
             return  # it did something else with it meanwhile
