@@ -1,11 +1,13 @@
 """Lower tiers beside their limits: the local one beside plain files, Mooncake's beside its own interface.
 
-python -m benchmarks.tiers [DIRECTORY]: the disk to measure on; /var/tmp by default. With LMCache and Mooncake
-only where they are installed. A ratio is the median of the rounds' ratios; a p99 is over all calls.
+python -m benchmarks.tiers [DIRECTORY] [--write]: the disk to measure on; /var/tmp by default. --write keeps
+the figures in benchmarks/results/. With LMCache and Mooncake only where they are installed. A ratio is the
+median of the rounds' ratios; a p99 is over all calls.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import signal
@@ -13,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +24,21 @@ from typing import Any, Final
 import torch
 
 from benchmarks.lmcache_backends import Worker
-from benchmarks.report import Figure, at_least, gbytes_per_s, interleaved, main, ratio
+from benchmarks.report import (
+    ROOT,
+    Figure,
+    at_least,
+    commit,
+    console,
+    cpu,
+    gbytes_per_s,
+    interleaved,
+    machine,
+    markdown,
+    ratio,
+    result_path,
+    show,
+)
 from benchmarks.tier_stores import stores
 from integration.lmcache.bench.worker import BYTES, TOKENS
 from vcache.errors import ConfigError
@@ -274,7 +290,7 @@ def _beside(
     yield at_least(f"{name}, beside {limit}", ratio(theirs, ours), WANTED, "×")
 
 
-def run(disk: str = "/var/tmp") -> list[Figure]:
+def run(disk: str) -> list[Figure]:
     """All figures; Mooncake's only where it is installed."""
     figures: list[Figure] = []
     for size in SIZES:
@@ -291,5 +307,20 @@ def run(disk: str = "/var/tmp") -> list[Figure]:
     return figures
 
 
+def command(arguments: Sequence[str]) -> None:
+    """Measure, print, and keep the figures if asked to."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tiers")
+    parser.add_argument("directory", nargs="?", default="/var/tmp", help="on the disk to measure")
+    parser.add_argument("--write", action="store_true", help="keep the figures in benchmarks/results/")
+    options = parser.parse_args(arguments)
+    figures = run(options.directory)
+    show(TITLE, figures, console())
+    print(machine())
+    if options.write:
+        path = result_path(cpu(), f"tiers-{commit()}")
+        path.write_text(markdown({TITLE: figures}))
+        print(path.relative_to(ROOT))
+
+
 if __name__ == "__main__":
-    main(TITLE, lambda: run(*sys.argv[1:2]))
+    command(sys.argv[1:])

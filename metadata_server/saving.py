@@ -86,9 +86,9 @@ class Saving(Chunks):
 
     def _is_lost(self, index: int) -> bool:
         """Whether its eviction loses what somebody was to keep."""
-        if self.table.key(index) in self.replicas:
+        if self.table.key(index) in self.replicas or self._marks[index] & BELOW:
             return False
-        return bool(self._demoter(index)) or (self._was_saving and not self._marks[index] & BELOW)
+        return self._was_saving or bool(self._marks[index] & STAYS) or bool(self._demoter(index))
 
     def _is_demoting(self) -> bool:
         return bool(self._movers) and len(self.allocator.ranks()) > 1
