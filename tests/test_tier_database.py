@@ -257,6 +257,16 @@ def test_what_is_being_written_has_its_room(bench: Bench) -> None:
     assert bench.here(4, 5) == [4, 5]
 
 
+def test_who_is_slow_does_not_write_into_the_file_of_another(bench: Bench) -> None:
+    """An engine was told where to write, the owner was killed, and its successor tells another one."""
+    slow = bench.database.begin(key(1), SIZE)
+    bench.database.close()
+    bench.open()
+    other = bench.database.begin(key(2), SIZE)
+    assert isinstance(slow, Draft) and isinstance(other, Draft)
+    assert slow.path != other.path
+
+
 def test_what_was_being_written_at_a_kill_is_gone(bench: Bench) -> None:
     draft = bench.database.begin(key(1), SIZE)
     assert isinstance(draft, Draft)

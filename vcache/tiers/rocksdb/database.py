@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import secrets
 import shutil
 import struct
 import threading
@@ -82,6 +83,8 @@ class Database:
         self._entries: OrderedDict[bytes, Entry] = OrderedDict()
         self._used_since: set[bytes] = set()
         self._drafts: set[Draft] = set()
+        # Whoever was told a name by an earlier owner, and is slow, must not write into another's file.
+        self._life = secrets.token_hex(4)
         self._draft_numbers = itertools.count(1)
         self._unsynced: list[str] = []
         self._unsynced_since_s = 0.0
@@ -127,7 +130,8 @@ class Database:
         if length <= 0 or size > self.capacity_bytes or not self._writable(size):
             return False
         self._forget(self._to_evict(key, size), "evicted")
-        draft = Draft(key, size, files.draft_path(self._directory, next(self._draft_numbers)))
+        name = f"{self._life}-{next(self._draft_numbers)}"
+        draft = Draft(key, size, files.draft_path(self._directory, name))
         self._drafts.add(draft)
         return draft
 

@@ -1,7 +1,7 @@
 """Chunk records as files: where they lie, how one is written and read. Engines and the owner both come here.
 
     chunks/ab/ab12…   the record of the chunk key ab12…, 64 hexadecimal digits
-    chunks/new/7      one that is being written; renamed when it is whole
+    chunks/new/…      one that is being written; renamed when it is whole
 
 An engine copies straight between the file and the memory of the chunk, and computes the checksum piece by
 piece while the piece is in the processor's cache.
@@ -29,14 +29,14 @@ def path_of(directory: Path, key: bytes) -> str:
     return f"{directory}/{FOLDER}/{name[:2]}/{name}"
 
 
-def draft_path(directory: Path, number: int) -> str:
-    """Where a record lies while it is written."""
-    return f"{directory}/{FOLDER}/{_NEW}/{number}"
+def draft_path(directory: Path, name: str) -> str:
+    """Where a record lies while it is written; no name is used twice."""
+    return f"{directory}/{FOLDER}/{_NEW}/{name}"
 
 
 def write(path: str, header: Header, chunk: memoryview) -> None:
     """Write a record, whose checksum is computed here. Raises OSError, as when the disk is full."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         checksum = xxhash.xxh3_64()
         for at in range(0, len(chunk), TIER_PIECE_BYTES):
