@@ -55,6 +55,7 @@ class SegmentRoom:
     end: int
     rank: int
     session: int = 0
+    numa: int = -1
     slabs: list[Slab] = field(default_factory=list)
     open: dict[int, dict[int, Slab]] = field(default_factory=dict)
     used_bytes: int = 0
@@ -105,10 +106,12 @@ class Allocator:
 
     # -- segments
 
-    def add_segment(self, segment: int, begin: int, end: int, rank: int, session: int = 0) -> None:
-        """A session lends [begin, end) of a segment to the pool."""
+    def add_segment(
+        self, segment: int, begin: int, end: int, rank: int, session: int = 0, numa: int = -1
+    ) -> None:
+        """A session lends [begin, end) of a segment to the pool. numa: its NUMA node; -1: unknown."""
         begin = -(-begin // EXTENT_ALIGN_BYTES) * EXTENT_ALIGN_BYTES
-        self.rooms[segment] = SegmentRoom(segment, begin, max(begin, end), rank, session)
+        self.rooms[segment] = SegmentRoom(segment, begin, max(begin, end), rank, session, numa)
 
     def drop_segment(self, segment: int) -> list[int]:
         """Take a segment out with all its extents, whatever their state; returns the indices, EMPTY now."""
@@ -126,6 +129,12 @@ class Allocator:
     def rank_of(self, index: int) -> int:
         """The rank of the segment that an extent lies in."""
         return self.rooms[self.slab_of(index).segment].rank
+
+    def nearest(self, index: int, rank: int) -> int:
+        """Of the segments of a rank on the NUMA node of this extent's segment the roomiest; 0: none is."""
+        numa = self.rooms[self.slab_of(index).segment].numa
+        near = [room for room in self.rooms.values() if room.rank == rank and room.numa == numa >= 0]
+        return max(near, key=lambda room: room.free_bytes).segment if near else 0
 
     def sizes(self) -> Set[int]:
         """The extent sizes into which slabs are cut now."""

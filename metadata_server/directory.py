@@ -147,8 +147,9 @@ class Directory(Writing, Reading, Listing):
             session=session,
             rank=attach.rank,
             device=attach.device,
+            numa=attach.numa,
         )
-        self.allocator.add_segment(number, attach.data_offset, attach.size, attach.rank, session)
+        self.allocator.add_segment(number, attach.data_offset, attach.size, attach.rank, session, attach.numa)
         return number
 
     def find_segment(self, segment_id: bytes, incarnation: int) -> int | None:

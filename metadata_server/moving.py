@@ -57,7 +57,8 @@ class Moving(Room):
         size = self.allocator.slab_of(index).size
         ranks = self.allocator.ranks()
         to = ranks[0] if offer.up else ranks[ranks.index(rank) + 1]
-        taken, coming = self._allocate_in(to, 1, size, offer.up, {index}, now_ns, patient=True)
+        near = offer.up or self.allocator.nearest(index, to)
+        taken, coming = self._allocate_in(to, 1, size, near, {index}, now_ns, patient=True)
         if not offer.up:
             self._look_ahead(to, 1, size, now_ns)
         if taken:

@@ -29,6 +29,7 @@ def restore(table: ExtentTable, policy: Policy) -> Directory:
                 int(record["size"]),
                 int(record["rank"]),
                 int(record["session"]),
+                int(record["numa"]) - 1,
             )
             directory.rights.of(int(record["session"]))
     indices = table.in_use()

@@ -324,6 +324,7 @@ class Sessions:
     def _attach(self, peer: Peer, connection: Connection, attach: protocol.Attach, fds: list[int]) -> None:
         device = attach.device.encode()
         sizes_fit = 0 < attach.data_offset < attach.size < 1 << 48 and 0 <= attach.rank < 16
+        sizes_fit = sizes_fit and -1 <= attach.numa < 1 << 16
         if (
             len(fds) > 1
             or len(attach.segment_id) != 16

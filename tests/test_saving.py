@@ -332,3 +332,18 @@ def test_a_moved_that_makes_no_sense_is_refused(pool: Pool) -> None:
         pool.ask(HOLDER, protocol.Moved(1, b"", b"", True), protocol.Done)
     stranger = protocol.Moved(99, protocol.pack_handles([0], [0]), b"", True)
     assert pool.ask(HOLDER, stranger, protocol.Done).count == 0
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_what_goes_down_stays_on_its_numa_node(tmp_path: Path, restarted: bool) -> None:
+    pool = Pool(tmp_path / "table")
+    pool.directory.add_segment(HOLDER, attach(1, 2 * CHUNK, numa=1))
+    pool.directory.add_segment(OTHER, attach(2, 64 * CHUNK, rank=1, numa=0))
+    pool.directory.add_segment(OTHER, attach(3, 8 * CHUNK, rank=1, numa=1))
+    if restarted:
+        pool.restart(HOLDER, OTHER, ENGINE)
+    offers(pool, HOLDER)
+    pool.store(ENGINE, 1, 2)
+    patient(pool, 3, 4)
+    assert {int(move.target["segment"][0]) for move in offers(pool, HOLDER)} == {3}
+    pool.close()

@@ -21,7 +21,10 @@ class Hello(Message, frozen=True):
 
 
 class Attach(Message, frozen=True):
-    """Lend a segment to the pool; descriptor: its own description, with its memfd where it has one."""
+    """Lend a segment to the pool; descriptor: its own description, with its memfd where it has one.
+
+    numa: the NUMA node that it is on or near; -1: unknown.
+    """
 
     seq: int
     descriptor: bytes
@@ -31,6 +34,7 @@ class Attach(Message, frozen=True):
     size: int
     data_offset: int
     rank: int = 0
+    numa: int = -1
 
 
 class Detach(Message, frozen=True):

@@ -65,6 +65,8 @@ class SegmentMemory(ABC):
     """
 
     writable = True
+    numa: int | None = None
+    """The NUMA node that the memory is on or near, where this process, which allocated it, knows that."""
 
     def __init__(self, descriptor: SegmentDescriptor) -> None:
         self.size = descriptor.size

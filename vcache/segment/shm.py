@@ -64,7 +64,9 @@ class ShmSegment(Segment):
         header = pack_header(size=size, incarnation=descriptor.incarnation, segment_id=descriptor.segment_id)
         mapping.write(0, header)
         _log.info("allocated segment %s: %d MiB on %s", descriptor.segment_id.hex(), size // MIB, device)
-        return cls(descriptor, fd, mapping)
+        made = cls(descriptor, fd, mapping)
+        made.numa = numa
+        return made
 
     def _fd(self) -> int:
         return self._file
