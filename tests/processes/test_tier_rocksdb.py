@@ -154,6 +154,31 @@ def test_write_back_and_remove(folder: Path) -> None:
         pool.assert_nothing_leaks()
 
 
+def store_many(child: Any, first: int, count: int) -> None:
+    """In a worker."""
+    for seed in range(first, first + count):
+        child.store(seed, PROMPT)
+
+
+def test_an_engine_is_killed_while_it_writes_back(folder: Path) -> None:
+    """Its copies end with it; another engine goes on, and what is there is right."""
+    with Pool() as pool:
+        pool.start_server()
+        pool.start_holder("shm:0", "512KiB")
+        other = engine(pool, folder, size=0, **{"tiers.policy": "write-back"})
+        for first in (1, 101, 201):
+            victim = engine(pool, folder, size=0, **{"tiers.policy": "write-back"})
+            done = pool.counters().get("copies_done", 0)
+            victim.send("run", store_many, first, 100)
+            pool.eventually(lambda pool, done=done: pool.counters().get("copies_done", 0) > done, "copies")
+            victim.kill()
+            pool.assert_nothing_leaks()
+        other.call("run", store_many, 301, 10)
+        hits = [tuple(other.call("retrieve", seed, PROMPT)) for seed in (1, 2, 101, 102, 301, 310)]
+        assert all(wrong == 0 for _, wrong in hits)
+        pool.assert_nothing_leaks()
+
+
 def forget(child: Any, seed: int, count: int) -> tuple[int, int]:
     """In a worker: remove a prompt's chunks everywhere; (how many the pool had, tokens found then)."""
     from tests.processes.content import prompt
