@@ -135,13 +135,22 @@ class Contestant:
         """Put a round of new chunks; seconds."""
         self.before()
         first, self._first = self._first, self._first + self._count
-        numbers = range(first, first + self._count)
-        return timed(lambda: [self._timed(self._put, number) for number in numbers] and self.after_puts())
+
+        def all_of_them() -> None:
+            for number in range(first, first + self._count):
+                self._timed(self._put, number)
+            self.after_puts()
+
+        return timed(all_of_them)
 
     def get(self) -> float:
         """Get the chunks of the last round; seconds."""
-        numbers = range(self._first - self._count, self._first)
-        return timed(lambda: [self._timed(self._get, number) for number in numbers])
+
+        def all_of_them() -> None:
+            for number in range(self._first - self._count, self._first):
+                self._timed(self._get, number)
+
+        return timed(all_of_them)
 
     def _timed(self, call: Callable[[int], object], number: int) -> None:
         self.calls.append(timed(lambda: call(number)))
