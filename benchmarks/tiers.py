@@ -1,24 +1,46 @@
 """Lower tiers beside their limits: the local one beside plain files, Mooncake's beside its own interface.
 
-python -m benchmarks.tiers [DIRECTORY]: the disk to measure on; /var/tmp by default.
+python -m benchmarks.tiers [DIRECTORY] [--write]: the disk to measure on; /var/tmp by default. --write keeps
+the figures in benchmarks/results/. With LMCache and Mooncake only where they are installed. A ratio is the
+median of the rounds' ratios; a p99 is over all calls.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from benchmarks.report import Figure, at_least, gbytes_per_s, interleaved, main, ratio
+from benchmarks.lmcache_backends import Worker
+from benchmarks.report import (
+    ROOT,
+    Figure,
+    at_least,
+    commit,
+    console,
+    cpu,
+    gbytes_per_s,
+    interleaved,
+    machine,
+    markdown,
+    ratio,
+    result_path,
+    show,
+)
+from benchmarks.tier_stores import stores
+from integration.lmcache.bench.worker import BYTES, TOKENS
 from vcache.errors import ConfigError
 from vcache.limits import MIB
 from vcache.locks import lock_holder
@@ -97,52 +119,133 @@ def key(number: int) -> bytes:
     return number.to_bytes(32, "big")
 
 
+class Contestant:
+    """Puts and gets of one tier or limit, a round at a time; remembers what each call took."""
+
+    def __init__(self, put: Callable[[int], object], get: Callable[[int], object], count: int) -> None:
+        self._put = put
+        self._get = get
+        self._count = count
+        self._first = 0
+        self.before: Callable[[], object] = int
+        self.after_puts: Callable[[], object] = int
+        self.calls: list[float] = []
+
+    def put(self) -> float:
+        """Put a round of new chunks; seconds."""
+        self.before()
+        first, self._first = self._first, self._first + self._count
+
+        def all_of_them() -> None:
+            for number in range(first, first + self._count):
+                self._timed(self._put, number)
+            self.after_puts()
+
+        return timed(all_of_them)
+
+    def get(self) -> float:
+        """Get the chunks of the last round; seconds."""
+
+        def all_of_them() -> None:
+            for number in range(self._first - self._count, self._first):
+                self._timed(self._get, number)
+
+        return timed(all_of_them)
+
+    def _timed(self, call: Callable[[int], object], number: int) -> None:
+        self.calls.append(timed(lambda: call(number)))
+
+    def p99_ms(self) -> str:
+        """Of all calls since this was asked last."""
+        calls, self.calls = sorted(self.calls), []
+        return f"{calls[int(0.99 * (len(calls) - 1) + 0.5)] * 1e3:,.1f} ms"
+
+
+def of_tier(tier: Tier, chunk: torch.Tensor, count: int) -> Contestant:
+    """A tier's calls."""
+    into = torch.empty_like(chunk)
+
+    def put(number: int) -> None:
+        if not tier.put(key(number), chunk, LAYOUT):
+            raise RuntimeError(f"{tier.name} did not keep a chunk")
+
+    def get(number: int) -> None:
+        if tier.get(key(number), into, LAYOUT) is None:
+            raise RuntimeError(f"{tier.name} has lost a chunk")
+
+    return Contestant(put, get, count)
+
+
 def local(folder: Path, size: int) -> list[Figure]:
     """Puts until they are on the disk, gets with and without page cache, beside plain files."""
     count = ROUND_BYTES // size
     chunk = torch.randint(0, 256, (size,), dtype=torch.uint8)
     into = torch.empty(size, dtype=torch.uint8)
+    name = f"rocksdb, {size // MIB} MiB"
     files = Files(folder / "files")
     files.folder.mkdir()
-    done = [0]
+    figures: list[Figure] = []
+    with rocks(folder / "tier") as tier, ExitStack() as ending:
+        ours = of_tier(tier, chunk, count)
+        ours.after_puts = tier.sync
+        theirs = Contestant(lambda n: files.put(n, chunk), lambda n: files.get(n, into), count)
+        both = [ours, theirs]
 
-    with rocks(folder / "tier") as tier:
-
-        def put_tier() -> float:
-            first, done[0] = done[0], done[0] + count
-            numbers = range(first, first + count)
-
-            def put() -> None:
-                _put_all(tier, numbers, chunk)
-                tier.sync()
-
-            return timed(put)
-
-        def put_files() -> float:
-            return timed(lambda: [*map(files.put, range(count), [chunk] * count)])
-
-        def get_tier() -> float:
-            return timed(lambda: _get_all(tier, range(count), into))
-
-        def get_files() -> float:
-            return timed(lambda: [*map(files.get, range(count), [into] * count)])
-
-        def cold(get: Callable[[], float]) -> Callable[[], float]:
+        def cold(contestant: Contestant) -> Callable[[], float]:
             def run() -> float:
                 drop_caches(folder)
-                return get()
+                return contestant.get()
 
             return run
 
-        puts = interleaved([put_tier, put_files], ROUNDS)
-        warm = interleaved([get_tier, get_files], ROUNDS)
-        colds = interleaved([cold(get_tier), cold(get_files)], ROUNDS)
-    name = f"rocksdb, {size // MIB} MiB"
-    return [
-        *_beside(f"{name}: put and sync", "files", puts),
-        *_beside(f"{name}: get, in the page cache", "files", warm),
-        *_beside(f"{name}: get, from the disk", "files", colds),
-    ]
+        puts = interleaved([each.put for each in both], ROUNDS)
+        figures += _beside(f"{name}: put and sync", "files", puts, both)
+        warm = interleaved([each.get for each in both], ROUNDS)
+        figures += _beside(f"{name}: get, in the page cache", "files", warm, both)
+        colds = interleaved([cold(each) for each in both], ROUNDS)
+        figures += _beside(f"{name}: get, from the disk", "files", colds, both)
+        figures += _beside_lmcache(name, folder, size, ours, ending)
+        rate = ROUND_BYTES / statistics.median(puts[0])
+        figures += stores(tier, size, rate / 2)
+    return figures
+
+
+def _beside_lmcache(
+    name: str, folder: Path, size: int, ours: Contestant, ending: ExitStack
+) -> Iterator[Figure]:
+    """LMCache's LocalDiskBackend on the same disk; neither side waits for the disk after a put."""
+    if find_spec("lmcache") is None:
+        yield Figure(f"{name}, beside LocalDiskBackend", "not measured: LMCache is not installed here")
+        return
+    given = {"local_cpu": False, "max_local_cpu_size": 2, "max_local_disk_size": 8}
+    disk = {"local_disk": f"file://{folder}/lmcache", "chunk_size": TOKENS * size // BYTES}
+    worker = Worker(folder, "disk", {**given, **disk})
+    ending.callback(worker.end)
+    ours.after_puts = int
+
+    def put() -> float:
+        worker.do("clear")
+        return worker.do("store", TOKENS)
+
+    def drop(get: Callable[[], float]) -> Callable[[], float]:
+        def run() -> float:
+            drop_caches(folder)
+            return get()
+
+        return run
+
+    def load() -> float:
+        return worker.do("load_from_disk", TOKENS)
+
+    for _ in range(2):  # it imports and allocates
+        put()
+        load()
+    yield from _beside(f"{name}: put", "LocalDiskBackend", interleaved([ours.put, put], ROUNDS), [ours])
+    yield from _beside(
+        f"{name}: get, in the page cache", "LocalDiskBackend", interleaved([ours.get, load], ROUNDS), [ours]
+    )
+    colds = interleaved([drop(ours.get), drop(load)], ROUNDS)
+    yield from _beside(f"{name}: get, from the disk", "LocalDiskBackend", colds, [ours])
 
 
 def mooncake(size: int) -> list[Figure]:
@@ -166,54 +269,37 @@ def mooncake(size: int) -> list[Figure]:
                 raise RuntimeError("Mooncake does not answer")
             for memory in (chunk, into):
                 raw.register_buffer(memory.data_ptr(), size)
-            done = [0]
-
-            def put_raw() -> float:
-                raw.remove_by_regex("^raw.*", True)
-                done[0] += 1
-                names = [f"raw{done[0]}-{number}" for number in range(count)]
-                return timed(lambda: [raw.batch_put_from([n], [chunk.data_ptr()], [size]) for n in names])
-
-            def get_raw() -> float:
-                names = [f"raw{done[0]}-{number}" for number in range(count)]
-                return timed(lambda: [raw.batch_get_into([n], [into.data_ptr()], [size]) for n in names])
-
-            def put_tier() -> float:
-                tier.clear()
-                return timed(lambda: _put_all(tier, range(count), chunk))
-
-            def get_tier() -> float:
-                return timed(lambda: _get_all(tier, range(count), into))
-
-            puts = interleaved([put_tier, put_raw], ROUNDS)
-            gets = interleaved([get_tier, get_raw], ROUNDS)
+            ours = of_tier(tier, chunk, count)
+            ours.before = tier.clear
+            theirs = Contestant(
+                lambda n: raw.batch_put_from([f"raw{n}"], [chunk.data_ptr()], [size]),
+                lambda n: raw.batch_get_into([f"raw{n}"], [into.data_ptr()], [size]),
+                count,
+            )
+            theirs.before = lambda: raw.remove_by_regex("^raw.*", True)
+            both = [ours, theirs]
+            name = f"mooncake, {size // MIB} MiB"
+            puts = interleaved([each.put for each in both], ROUNDS)
+            figures = list(_beside(f"{name}: put", "its own calls", puts, both))
+            gets = interleaved([each.get for each in both], ROUNDS)
+            figures += _beside(f"{name}: get", "its own calls", gets, both)
         finally:
             tier.close()
             raw.close()
-    name = f"mooncake, {size // MIB} MiB"
-    return [*_beside(f"{name}: put", "its own calls", puts), *_beside(f"{name}: get", "its own calls", gets)]
+    return figures
 
 
-def _put_all(tier: Tier, numbers: range, chunk: torch.Tensor) -> None:
-    for number in numbers:
-        if not tier.put(key(number), chunk, LAYOUT):
-            raise RuntimeError(f"{tier.name} did not keep a chunk")
-
-
-def _get_all(tier: Tier, numbers: range, into: torch.Tensor) -> None:
-    for number in numbers:
-        if tier.get(key(number), into, LAYOUT) is None:
-            raise RuntimeError(f"{tier.name} has lost a chunk")
-
-
-def _beside(name: str, limit: str, seconds: list[list[float]]) -> Iterator[Figure]:
+def _beside(
+    name: str, limit: str, seconds: list[list[float]], contestants: list[Contestant]
+) -> Iterator[Figure]:
     ours, theirs = seconds
     rates = f"{gbytes_per_s(ROUND_BYTES, ours)} / {gbytes_per_s(ROUND_BYTES, theirs)}"
     yield Figure(f"{name}, and {limit}", rates)
+    yield Figure(f"{name}, p99 of a call", " / ".join(each.p99_ms() for each in contestants))
     yield at_least(f"{name}, beside {limit}", ratio(theirs, ours), WANTED, "×")
 
 
-def run(disk: str = "/var/tmp") -> list[Figure]:
+def run(disk: str) -> list[Figure]:
     """All figures; Mooncake's only where it is installed."""
     figures: list[Figure] = []
     for size in SIZES:
@@ -230,5 +316,20 @@ def run(disk: str = "/var/tmp") -> list[Figure]:
     return figures
 
 
+def command(arguments: Sequence[str]) -> None:
+    """Measure, print, and keep the figures if asked to."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tiers")
+    parser.add_argument("directory", nargs="?", default="/var/tmp", help="on the disk to measure")
+    parser.add_argument("--write", action="store_true", help="keep the figures in benchmarks/results/")
+    options = parser.parse_args(arguments)
+    figures = run(options.directory)
+    show(TITLE, figures, console())
+    print(machine())
+    if options.write:
+        path = result_path(cpu(), f"tiers-{commit()}")
+        path.write_text(markdown({TITLE: figures}))
+        print(path.relative_to(ROOT))
+
+
 if __name__ == "__main__":
-    main(TITLE, lambda: run(*sys.argv[1:2]))
+    command(sys.argv[1:])

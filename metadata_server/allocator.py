@@ -54,6 +54,8 @@ class SegmentRoom:
     begin: int
     end: int
     rank: int
+    session: int = 0
+    numa: int = -1
     slabs: list[Slab] = field(default_factory=list)
     open: dict[int, dict[int, Slab]] = field(default_factory=dict)
     used_bytes: int = 0
@@ -104,10 +106,12 @@ class Allocator:
 
     # -- segments
 
-    def add_segment(self, segment: int, begin: int, end: int, rank: int) -> None:
-        """Lend [begin, end) of a segment to the pool."""
+    def add_segment(
+        self, segment: int, begin: int, end: int, rank: int, session: int = 0, numa: int = -1
+    ) -> None:
+        """A session lends [begin, end) of a segment to the pool. numa: its NUMA node; -1: unknown."""
         begin = -(-begin // EXTENT_ALIGN_BYTES) * EXTENT_ALIGN_BYTES
-        self.rooms[segment] = SegmentRoom(segment, begin, max(begin, end), rank)
+        self.rooms[segment] = SegmentRoom(segment, begin, max(begin, end), rank, session, numa)
 
     def drop_segment(self, segment: int) -> list[int]:
         """Take a segment out with all its extents, whatever their state; returns the indices, EMPTY now."""
@@ -118,18 +122,34 @@ class Allocator:
             self._retire(slab)
         return gone
 
+    def ranks(self) -> list[int]:
+        """The ranks of the segments that are there, the lowest first."""
+        return sorted({room.rank for room in self.rooms.values()})
+
+    def rank_of(self, index: int) -> int:
+        """The rank of the segment that an extent lies in."""
+        return self.rooms[self.slab_of(index).segment].rank
+
+    def nearest(self, index: int, rank: int) -> int:
+        """Of the segments of a rank on the NUMA node of this extent's segment the roomiest; 0: none is."""
+        numa = self.rooms[self.slab_of(index).segment].numa
+        near = [room for room in self.rooms.values() if room.rank == rank and room.numa == numa >= 0]
+        return max(near, key=lambda room: room.free_bytes).segment if near else 0
+
     def sizes(self) -> Set[int]:
         """The extent sizes into which slabs are cut now."""
         return self._slabs_of_size.keys()
 
     # -- extents
 
-    def take(self, count: int, size: int, near: int) -> list[int]:
+    def take(self, count: int, size: int, near: int, rank: int | None = None) -> list[int]:
         """Up to `count` free extents of `size` bytes, FREE in the table still: `near` first, then the
-        roomiest segments.
+        roomiest segments. rank: only of segments of this rank; None: low ranks first.
         """
         taken: list[int] = []
         for room in self._order(near):
+            if rank is not None and room.rank != rank:
+                continue
             self._take_from(room, count, size, taken)
             if len(taken) == count:
                 break
@@ -293,9 +313,16 @@ class Allocator:
     # -- room for another size
 
     def windows(
-        self, count: int, size: int, empties: Callable[[Slab], bool], coldness: Callable[[Slab], int]
+        self,
+        count: int,
+        size: int,
+        empties: Callable[[Slab], bool],
+        coldness: Callable[[Slab], int],
+        rank: int | None = None,
     ) -> list[Slab]:
         """The slabs of other sizes to empty so that some extents of `size` fit, `count` at most: the coldest.
+
+        rank: only in segments of this rank; None: in any.
 
         empties: whether a slab may be emptied. coldness: its last use. None if not one extent would fit.
         Extents are cut from the beginning of a gap, so a window wastes nothing if they fill it, or if it lies
@@ -305,6 +332,8 @@ class Allocator:
         """
         found: list[tuple[bool, int, int, list[Slab]]] = []
         for room in self.rooms.values():
+            if rank is not None and room.rank != rank:
+                continue
             for begin, end, inside in room.gaps(
                 lambda slab: slab.size != size and (slab.spare or empties(slab))
             ):

@@ -51,7 +51,7 @@ class Chunks:
         self.replicas: dict[bytes, list[int]] = {}
         self.counters: Counter[str] = Counter()
         self.labels: dict[bytes, str] = {}
-        self._orders: dict[int, EvictionPolicy] = {}
+        self._orders: dict[tuple[int, int], EvictionPolicy] = {}
         self._expiries: list[tuple[int, int, int]] = []
         self._layouts: dict[bytes, int] = {}
         self._layouts_max = limits.LAYOUTS_MAX
@@ -65,12 +65,14 @@ class Chunks:
 
     def adopt_chunk(self, index: int, key: bytes, used_ns: int, expiry_ns: int) -> None:
         """Take up a chunk that the table says is committed: findable, evictable, expiring."""
-        if key in self.chunks:
-            self.replicas.setdefault(key, []).append(index)
-        else:
-            self.chunks[key] = index
+        first = self.chunks.setdefault(key, index)
+        if first != index:
+            other = index
+            if self.allocator.rank_of(index) < self.allocator.rank_of(first):  # readers find the lowest rank
+                self.chunks[key], other = index, first
+            self.replicas.setdefault(key, []).append(other)
         slab = self.allocator.slab_of(index)
-        self._order(slab.size).insert(index, key)
+        self._order_of(index).insert(index, key)
         self._slab_of[index] = slab.number
         self._slab_used_ns[slab.number] = max(used_ns, self._slab_used_ns.get(slab.number, 0))
         if expiry_ns:
@@ -128,21 +130,26 @@ class Chunks:
         self.table.used_ns[indices] = np.arange(now_ns, now_ns + len(indices), dtype=np.uint64)
         for number in set(self._slab_of[indices].tolist()):
             self._slab_used_ns[number] = now_ns
-        by_size: dict[int, list[int]] = {}
+        by_order: dict[tuple[int, int], list[int]] = {}
         if len(self._orders) == 1:
-            by_size = {next(iter(self._orders)): indices.tolist()}
+            by_order = {next(iter(self._orders)): indices.tolist()}
         else:
             for index in indices.tolist():
-                by_size.setdefault(self.allocator.slab_of(index).size, []).append(index)
-        for size, extents in by_size.items():
-            order = self._order(size)
+                size = self.allocator.slab_of(index).size
+                by_order.setdefault((self.allocator.rank_of(index), size), []).append(index)
+        for which, extents in by_order.items():
+            order = self._order(*which)
             (order.touch if counts else order.refresh)(extents)
 
-    def _order(self, size: int) -> EvictionPolicy:
-        order = self._orders.get(size)
+    def _order(self, rank: int, size: int) -> EvictionPolicy:
+        """The order of eviction among the extents of one size in segments of one rank."""
+        order = self._orders.get((rank, size))
         if order is None:
-            order = self._orders[size] = make_policy(self.policy.eviction)
+            order = self._orders[rank, size] = make_policy(self.policy.eviction)
         return order
+
+    def _order_of(self, index: int) -> EvictionPolicy:
+        return self._order(self.allocator.rank_of(index), self.allocator.slab_of(index).size)
 
     # -- forgetting
 
@@ -152,7 +159,8 @@ class Chunks:
         others = self.replicas.pop(key, [])
         if self.chunks[key] == index:
             if others:
-                self.chunks[key] = others.pop(0)
+                self.chunks[key] = min(others, key=self.allocator.rank_of)
+                others.remove(self.chunks[key])
             else:
                 del self.chunks[key]
         else:
@@ -160,7 +168,7 @@ class Chunks:
         if others:
             self.replicas[key] = others
         if in_order:
-            self._order(self.allocator.slab_of(index).size).remove(index)
+            self._order_of(index).remove(index)
 
     def _forget(self, index: int) -> None:
         """Unbind a committed extent and free it, now or when the last pin ends."""

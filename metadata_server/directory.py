@@ -40,6 +40,8 @@ class Directory(Writing, Reading, Listing):
             protocol.Contains: self._contains,
             protocol.Acquire: self._acquire,
             protocol.Release: self._release,
+            protocol.Offers: self._take_offers,
+            protocol.Moved: self._moved,
             protocol.Touch: self._touch,
             protocol.Remove: self._remove,
             protocol.Clear: self._clear,
@@ -61,6 +63,7 @@ class Directory(Writing, Reading, Listing):
         """End leases and chunks whose time is up."""
         self.catch_up()
         self.rights.expire_leases(now_ns)
+        self._look_at_offers(now_ns)
         while self._expiries and self._expiries[0][0] <= now_ns:
             _, index, generation = heapq.heappop(self._expiries)
             if self._is(index, generation, State.COMMITTED):
@@ -72,6 +75,7 @@ class Directory(Writing, Reading, Listing):
     def end_session(self, session: int) -> None:
         """The session is dead: everything it held is free. Its segments are the caller's to drop."""
         self.catch_up()
+        self._no_copier(session)
         holdings = self.rights.sessions.get(session)
         if holdings is None:
             return
@@ -143,8 +147,9 @@ class Directory(Writing, Reading, Listing):
             session=session,
             rank=attach.rank,
             device=attach.device,
+            numa=attach.numa,
         )
-        self.allocator.add_segment(number, attach.data_offset, attach.size, attach.rank)
+        self.allocator.add_segment(number, attach.data_offset, attach.size, attach.rank, session, attach.numa)
         return number
 
     def find_segment(self, segment_id: bytes, incarnation: int) -> int | None:

@@ -30,6 +30,10 @@ a false match is rarer than one in a million, and all that it does is to give on
 GHOST_ORDER: Final = 2
 """The ghost's order may be twice as long as what it remembers: bounds the entries of keys that were taken."""
 
+PEEK_SHARE: Final = 8
+PEEK_MORE: Final = 512
+"""How many extents S3-FIFO looks at for each that it is to name, and besides: bounds what a reserve costs."""
+
 _OUT: Final = 255
 """In place of its touches: the extent is not in the policy. More than TOUCHES_MAX, so never touched."""
 
@@ -60,6 +64,12 @@ class EvictionPolicy(Protocol):
         Protected extents keep their place. Amortised O(1) per extent chosen, plus one call of `protected` for
         each protected extent that lies in the way.
         """
+
+    def give_up(self, extents: Sequence[int]) -> None:
+        """Forget these, which are in the policy, as `evict` does with what it chose."""
+
+    def peek(self, count: int, protected: Callable[[int], bool]) -> list[int]:
+        """Up to `count` unprotected extents that are evicted next as it looks now; changes nothing."""
 
     def coldest(self) -> int | None:
         """The extent that `evict` would look at first, None if there is none; changes nothing."""
@@ -96,10 +106,16 @@ class LRU:
         self._order.pop(extent, None)
 
     def evict(self, count: int, protected: Callable[[int], bool]) -> list[int]:
-        chosen = list(islice(filterfalse(protected, self._order), max(count, 0)))
-        for extent in chosen:
-            del self._order[extent]
+        chosen = self.peek(count, protected)
+        self.give_up(chosen)
         return chosen
+
+    def give_up(self, extents: Sequence[int]) -> None:
+        for extent in extents:
+            del self._order[extent]
+
+    def peek(self, count: int, protected: Callable[[int], bool]) -> list[int]:
+        return list(islice(filterfalse(protected, self._order), max(count, 0)))
 
     def coldest(self) -> int | None:
         return next(iter(self._order), None)
@@ -169,6 +185,28 @@ class S3FIFO:
             elif self._leaves(extent, is_small, capacity):
                 chosen.append(extent)
         return chosen
+
+    def give_up(self, extents: Sequence[int]) -> None:
+        capacity = len(self)
+        for extent in extents:
+            self._touches[extent] = 0
+            self._leaves(extent, extent in self._keys, capacity)
+
+    def peek(self, count: int, protected: Callable[[int], bool]) -> list[int]:
+        """Those that were touched since they came to their queue stay; a second round takes them as well."""
+        untouched: list[int] = []
+        touched: list[int] = []
+        capacity, small, main = len(self), None, None
+        for _ in range(PEEK_SHARE * max(count, 0) + PEEK_MORE):
+            if len(untouched) >= count:
+                break
+            extent, is_small = self._next(capacity, len(untouched), small, main)
+            if extent is None:
+                break
+            small, main = (extent, main) if is_small else (small, extent)
+            if not protected(extent):
+                (touched if self._touches[extent] else untouched).append(extent)
+        return (untouched + touched)[: max(count, 0)]
 
     def coldest(self) -> int | None:
         return self._next(len(self), 0, None, None)[0]

@@ -6,14 +6,15 @@ from typing import cast
 
 import numpy as np
 
-from metadata_server.chunks import Chunks, handles_of, keys_of
+from metadata_server.chunks import handles_of, keys_of
 from metadata_server.errors import Refusal
 from metadata_server.rights import Holdings, Indices
+from metadata_server.saving import Saving
 from vcache import limits, protocol
 from vcache.protocol import ErrorCode
 
 
-class Reading(Chunks):
+class Reading(Saving):
     """The requests of those who load."""
 
     def _find(self, keys: list[bytes], layout: bytes) -> list[int]:
@@ -74,6 +75,7 @@ class Reading(Chunks):
         self.counters["wanted_chunks"] += len(keys)
         self.counters["hit_chunks"] += len(found)
         indices = np.array(found, np.intp)
+        self._offer_up(indices, ask.near, now_ns)
         if ask.pin:
             self._use(indices[::-1], now_ns)
             indices, flags = self._within_quota(mine, indices, flags)

@@ -24,7 +24,12 @@ def restore(table: ExtentTable, policy: Policy) -> Directory:
         if number:
             record = table.segments[slot]
             directory.allocator.add_segment(
-                number, int(record["data_offset"]), int(record["size"]), int(record["rank"])
+                number,
+                int(record["data_offset"]),
+                int(record["size"]),
+                int(record["rank"]),
+                int(record["session"]),
+                int(record["numa"]) - 1,
             )
             directory.rights.of(int(record["session"]))
     indices = table.in_use()

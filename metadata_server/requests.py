@@ -23,7 +23,15 @@ from vcache.protocol import ErrorCode
 
 log = logging.getLogger(__name__)
 
-_REPLAYED = (protocol.Reserve, protocol.Commit, protocol.Acquire, protocol.Remove, protocol.Clear)
+_GRANTING = (protocol.Reserve, protocol.Offers)
+_REPLAYED = (
+    *_GRANTING,
+    protocol.Commit,
+    protocol.Acquire,
+    protocol.Moved,
+    protocol.Remove,
+    protocol.Clear,
+)
 _BY_RIGHT_OF_ID = (*_REPLAYED, protocol.Abort)
 
 
@@ -118,7 +126,7 @@ class Requests:
                 raise Refusal(
                     ErrorCode.STALE, f"request {envelope.rid} was settled: the sender declared {settled}"
                 )
-            if isinstance(request, protocol.Reserve):
+            if isinstance(request, _GRANTING):
                 self._check_may_grant()
         reply = self._handle(envelope, request, now_ns)
         self.answered += 1

@@ -6,40 +6,79 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metadata_server.allocator import Slab
-from metadata_server.chunks import Chunks
+from metadata_server.saving import Saving
 from vcache.table import State
 
 
-class Room(Chunks):
+class Room(Saving):
     """Allocation with eviction."""
 
-    def _allocate(self, count: int, size: int, near: int, keep: set[int]) -> list[int]:
-        """Up to `count` extents, FREE in the table; room is made by giving up what is coldest in the whole
-        pool.
+    def _allocate(
+        self, count: int, size: int, near: int, keep: set[int], now_ns: int, *, patient: bool = False
+    ) -> tuple[list[int], int]:
+        """Up to `count` extents, FREE in the table; room is made by giving up what is coldest.
+
+        In a rank at a time if chunks move between ranks, else first what is free in any. patient: nothing,
+        and how many are coming, where chunks are being copied that have to go.
         """
-        taken = self.allocator.take(count, size, near)
-        while len(taken) < count and self._make_room(count - len(taken), size, keep):
-            more = self.allocator.take(count - len(taken), size, near)
+        ranks = self.allocator.ranks()
+        taken = [] if self._is_demoting() else self.allocator.take(count, size, near)
+        for rank in ranks:
+            if len(taken) == count:
+                break
+            more, coming = self._allocate_in(rank, count - len(taken), size, near, keep, now_ns, patient)
+            taken += more
+            if coming:
+                for index in taken:
+                    self.allocator.give_back(index)
+                return [], coming
+        if ranks:
+            self._look_ahead(ranks[0], count, size, now_ns)
+        return taken, 0
+
+    def _allocate_in(
+        self, rank: int, count: int, size: int, near: int, keep: set[int], now_ns: int, patient: bool
+    ) -> tuple[list[int], int]:
+        """As `_allocate`, in the segments of one rank; what is there is taken also where more is coming."""
+        taken = self.allocator.take(count, size, near, rank)
+        while len(taken) < count:
+            missing = count - len(taken)
+            ready = self._let_go(missing, rank, size, keep, now_ns) if patient else False
+            coming = self._coming(rank, size) if patient else 0
+            if not ready and coming:
+                return taken, coming
+            if not ready and not self._make_room(missing, rank, size, keep):
+                break
+            more = self.allocator.take(missing, size, near, rank)
             if not more:
                 break
             taken += more
-        return taken
+        return taken, 0
 
-    def _make_room(self, count: int, size: int, keep: set[int]) -> bool:
+    def _let_go(self, count: int, rank: int, size: int, keep: set[int], now_ns: int) -> bool:
+        """Evict those of the coldest chunks that may go; the others are offered. Whether any went."""
+        order = self._order(rank, size)
+        count -= self._coming(rank, size)
+        ready = self._offer_coldest(order, count, keep, now_ns) if count > 0 else []
+        order.give_up(ready)
+        self._evicted(ready)
+        return bool(ready)
+
+    def _make_room(self, count: int, rank: int, size: int, keep: set[int]) -> bool:
         """Evict up to `count` extents of this size, or empty slabs of other sizes that are colder; False if
         neither can be.
         """
-        order = self._order(size)
+        order = self._order(rank, size)
         coldest = order.coldest()
         limit_ns = int(self.table.used_ns[coldest]) if coldest is not None else None
-        slabs = self._colder_slabs(count, size, limit_ns, keep)
+        slabs = self._colder_slabs(count, rank, size, limit_ns, keep)
         if slabs:
             self._empty_all(slabs)
             return True
         victims = order.evict(count, lambda index: index in keep or self.rights.held(index))
         self._evicted(victims)
         if not victims and coldest is not None:
-            slabs = self._colder_slabs(count, size, None, keep)
+            slabs = self._colder_slabs(count, rank, size, None, keep)
             self._empty_all(slabs)
             return bool(slabs)
         return bool(victims)
@@ -48,17 +87,23 @@ class Room(Chunks):
         for slab in slabs:
             self._empty(slab)
         sizes = self.allocator.sizes()
-        for size in [size for size, order in self._orders.items() if not len(order) and size not in sizes]:
-            del self._orders[size]
+        for which in [
+            which for which, order in self._orders.items() if not len(order) and which[1] not in sizes
+        ]:
+            del self._orders[which]
 
-    def _colder_slabs(self, count: int, size: int, limit_ns: int | None, keep: set[int]) -> list[Slab]:
+    def _colder_slabs(
+        self, count: int, rank: int, size: int, limit_ns: int | None, keep: set[int]
+    ) -> list[Slab]:
         """Slabs of other sizes to empty for this size: colder than `limit_ns`, or as cold as there are."""
         if self.allocator.sizes() <= {size}:
             return []
         held = {
             slab: self._held_in(slab, keep)
             for slab in self.allocator.slabs.values()
-            if slab.size != size and (limit_ns is None or self._coldness(slab) < limit_ns)
+            if slab.size != size
+            and self.allocator.rooms[slab.segment].rank == rank
+            and (limit_ns is None or self._coldness(slab) < limit_ns)
         }
 
         def may_empty(slab: Slab) -> bool:
@@ -67,13 +112,13 @@ class Room(Chunks):
         if not held:
             return []
         if limit_ns is not None:  # as long as there are others, slabs stay whole
-            found = self.allocator.windows(count, size, may_empty, self._coldness)
+            found = self.allocator.windows(count, size, may_empty, self._coldness, rank)
             if found:
                 return found
         for slab, flags in list(held.items()):
             if flags.any() and not flags.all():
                 held.update({part: self._held_in(part, keep) for part in self._split(slab, flags)})
-        return self.allocator.windows(count, size, may_empty, self._coldness)
+        return self.allocator.windows(count, size, may_empty, self._coldness, rank)
 
     def _split(self, slab: Slab, held: NDArray[np.bool_]) -> list[Slab]:
         """Part what is held from what may be evicted: a few pins or stocks must not keep whole slabs."""
@@ -101,15 +146,19 @@ class Room(Chunks):
     def _empty(self, slab: Slab) -> None:
         for index in slab.indices:
             if self.table.state(index) is State.COMMITTED:
-                self.counters["evicted"] += 1
+                self._count_evicted(index)
                 self._forget(index)
         if slab.number in self.allocator.slabs:
             self._slab_used_ns.pop(slab.number, None)
             self.allocator.dissolve(slab)
 
     def _evicted(self, victims: list[int]) -> None:
-        self.counters["evicted"] += len(victims)
         for index in victims:
+            self._count_evicted(index)
             self._unbind(index, in_order=False)
             self.table.free(index)
             self.allocator.give_back(index)
+
+    def _count_evicted(self, index: int) -> None:
+        self.counters["evicted"] += 1
+        self.counters["evicted_unsaved"] += self._is_lost(index)

@@ -184,6 +184,7 @@ class Server:
             except zmq.Again:
                 log.warning(Line("a client does not read its answers: one was dropped", bytes=len(reply)))
         self._requests.directory.catch_up()
+        self._sessions.call()
 
     def _answer_the_rest(self) -> None:
         """Draining: answer what was sent already."""

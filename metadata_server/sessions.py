@@ -324,6 +324,7 @@ class Sessions:
     def _attach(self, peer: Peer, connection: Connection, attach: protocol.Attach, fds: list[int]) -> None:
         device = attach.device.encode()
         sizes_fit = 0 < attach.data_offset < attach.size < 1 << 48 and 0 <= attach.rank < 16
+        sizes_fit = sizes_fit and -1 <= attach.numa < 1 << 16
         if (
             len(fds) > 1
             or len(attach.segment_id) != 16
@@ -397,6 +398,14 @@ class Sessions:
         holder = self.peers.get(ending.holder)
         if holder is not None and holder.connection is not None:
             self._send(holder.connection, protocol.Detached(ending.seq, number))
+
+    def call(self) -> None:
+        """Tell those for whom the directory has offers; who has no connection now asks when it comes back."""
+        called = self._directory.called
+        while called:
+            peer = self.peers.get(called.pop())
+            if peer is not None and peer.connection is not None:
+                self._send(peer.connection, protocol.Offering())
 
     # -- sockets
 

@@ -7,13 +7,13 @@ import numpy as np
 from metadata_server.allocator import extent_size
 from metadata_server.chunks import NS, handles_of, keys_of
 from metadata_server.errors import Refusal
+from metadata_server.moving import Moving
 from metadata_server.rights import Holdings
-from metadata_server.room import Room
 from vcache import limits, protocol
 from vcache.protocol import HANDLE, ErrorCode, Outcome
 
 
-class Writing(Room):
+class Writing(Moving):
     """The requests of those who store."""
 
     def _reserve(self, mine: Holdings, rid: int, ask: protocol.Reserve, now_ns: int) -> protocol.Reply:
@@ -32,7 +32,8 @@ class Writing(Room):
         present = [index for index in there if index is not None]
         indices = np.array(present[::-1], np.intp)
         self._use(indices, now_ns, counts=False)
-        granted = self._allocate(wanted, extent_size(ask.size), ask.near, set(present))
+        size, keep = extent_size(ask.size), set(present)
+        granted, coming = self._allocate(wanted, size, ask.near, keep, now_ns, patient=ask.patient)
         for index in granted:
             self.table.reserve(index, mine.session, rid, ask.layout)
             mine.reservations[index] = rid
@@ -40,9 +41,9 @@ class Writing(Room):
             self._layout_of[granted] = self._layout_number(ask.layout)
             mine.remember_head(rid, indices, self.rights.generations(indices))
         self.counters["reserved"] += len(granted)
-        self.counters["unfitted"] += wanted - len(granted)
+        self.counters["unfitted"] += 0 if coming else wanted - len(granted)
         flags = bytes(index is not None for index in there)
-        return protocol.Reserved(self._pack(np.array(granted, np.intp), "size"), flags, wanted)
+        return protocol.Reserved(self._pack(np.array(granted, np.intp), "size"), flags, wanted, coming)
 
     def _commit(self, mine: Holdings, rid: int, ask: protocol.Commit, now_ns: int) -> protocol.Reply:
         handles = protocol.unpack(ask.handles, HANDLE)

@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import report, slot
+from benchmarks import report, slot, tiers
 from benchmarks.gpu import copies, host, lmcache_kernel, matmul, peers, pieces, retrieve
 from benchmarks.gpu.subject import Subject, counts_that_fit, own_segment
 from benchmarks.report import ROOT, Figure, at_least, at_most, interleaved, ratio, result_path, summary
 from benchmarks.slot import Part, Slot, run_part
 from vcache.layout import KVLayout
 from vcache.limits import KIB, MIB
+from vcache.tiers import MemoryTier
 
 SMALL = KVLayout(num_layers=3, num_kv_heads=2, head_size=16, dtype="bfloat16", chunk_tokens=64)
 LATENT = KVLayout(num_layers=3, kv_parts=1, num_kv_heads=1, head_size=72, dtype="bfloat16", chunk_tokens=64)
@@ -364,3 +365,14 @@ def test_several_gpus_add_what_needs_them(capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_result_of_a_gpu_is_named_after_it() -> None:
     assert result_path("H100 80GB HBM3", "1a2b3c4").name.endswith("-h100-80gb-hbm3-1a2b3c4.md")
+
+
+def test_a_tiers_rounds_put_new_chunks_and_get_those_of_the_last_round() -> None:
+    tier = MemoryTier(MIB)
+    contestant = tiers.of_tier(tier, torch.zeros(KIB, dtype=torch.uint8), 3)
+    assert all(seconds > 0 for seconds in (contestant.put(), contestant.put(), contestant.get()))
+    assert len(tier) == 6 and len(contestant.calls) == 9
+    assert contestant.p99_ms().endswith(" ms") and contestant.calls == []
+    tier.clear()
+    with pytest.raises(RuntimeError, match="memory has lost a chunk"):
+        contestant.get()

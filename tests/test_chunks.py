@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.client_pool import Pool, key, pool_in_memory
+from tests.processes.worker import eventually
 from vcache.client import Client
 from vcache.engine.chunks import Chunks, Draft, Part
 from vcache.engine.forms import Form, decode
@@ -217,6 +218,26 @@ def test_what_the_pool_lost_comes_back_from_a_lower_tier(pool: Pool) -> None:
     assert np.all(FORM.part(holds[1].chunk, 0).numpy() == 14)
     chunks.drop_all(holds)
     assert chunks.counters.snapshot()["tier_promoted_chunks"] == 2
+    chunks.close()
+    client.check()
+
+
+def test_write_back_writes_what_has_to_go(pool: Pool) -> None:
+    client, tier = pool.client(lends=1 << 20), MemoryTier(1 << 24)
+    chunks = chunks_of(client, tiers=[tier], tier_queue_chunks=16, write_back=True)
+    write(chunks, [1, 2, 3])
+    assert chunks.flush_tiers(20) and len(tier) == 0
+    number = 3
+
+    def some_are_below() -> bool:
+        nonlocal number
+        number += 1
+        write(chunks, [number])
+        return len(tier) > 4
+
+    eventually(some_are_below, "chunks are written before they are evicted")
+    (hold,) = chunks.take_prefix([next(iter(tier._kept))], FORM.chunk_bytes)
+    chunks.drop(hold)
     chunks.close()
     client.check()
 

@@ -40,6 +40,7 @@ TRAFFIC = (
     *("read_under_a_lease", "release", "abort", "declare") * 2,
     *("something_late_arrives", "client_gives_up", "request_is_sent_again", "a_stopped_writer_wakes_up"),
     *("look_up", "touch", "remove"),
+    *("ask_for_offers", "copy_ends") * 4,
     *("client_comes_back",) * 4,
 )
 UPHEAVALS = (
@@ -63,6 +64,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.lenders: dict[int, tuple[int, protocol.Attach]] = {}
         self.bound: dict[int, dict[Handle, Chunk]] = {}
         self.granted: dict[int, int] = {}
+        self.copies: dict[tuple[int, Handle], Handle] = {}
         self.sessions = 0
         self.attached = 0
         self.epoch = 1
@@ -81,6 +83,9 @@ class PoolMachine(RuleBasedStateMachine):
         for _ in range(2):
             self._begin_session()
         self._add_segment(self.clients[1], MIB, 0)
+        if dice.random() < 0.6:
+            self._add_segment(self.clients[2], MIB, 1)
+            self._send(self.clients[1], protocol.Offers(False, 16), "answered")
         if dice.random() < 0.5:
             self._store(self.clients[1], 1, 0, 60)
 
@@ -263,6 +268,8 @@ class PoolMachine(RuleBasedStateMachine):
             protocol.Commit: self._booked_commit,
             protocol.Abort: self._booked_abort,
             protocol.Acquire: self._booked_acquire,
+            protocol.Offers: self._booked_offers,
+            protocol.Moved: self._booked_moved,
             protocol.Remove: self._booked_removal,
             protocol.Clear: self._booked_removal,
         }.get(type(late.ask))
@@ -324,17 +331,25 @@ class PoolMachine(RuleBasedStateMachine):
         keyed = dice.random() < 0.5
         near = dice.randint(0, 3)
         fate = dice.choice(FATES)
+        patient = dice.random() < 0.3
         client = self._clients(dice)
         if client is None:
             return
         numbers = range(form * 1000 + first, form * 1000 + first + count) if keyed else ()
-        self._reserve(client, form, numbers, count, near, fate)
+        self._reserve(client, form, numbers, count, near, fate, patient)
 
     def _reserve(
-        self, client: Client, form: int, numbers: range | tuple[()], count: int, near: int, fate: str
+        self,
+        client: Client,
+        form: int,
+        numbers: range | tuple[()],
+        count: int,
+        near: int,
+        fate: str,
+        patient: bool = False,
     ) -> None:
         packed = b"".join(map(key, numbers))
-        self._send(client, protocol.Reserve(layout(form), SIZES[form], packed, count, near), fate)
+        self._send(client, protocol.Reserve(layout(form), SIZES[form], packed, count, near, patient), fate)
 
     def _booked_reserve(self, late: Late, reply: protocol.Reserved) -> None:
         ask = late.ask
@@ -351,7 +366,9 @@ class PoolMachine(RuleBasedStateMachine):
         for place in granted:
             self._check_grant(place, ask.size)
         late.reserved = {place.handle: (place, 0) for place in granted}
-        if len(granted) < reply.wanted and not self.directory.allocator.table_full:
+        if reply.coming:
+            assert ask.patient and not granted
+        elif len(granted) < reply.wanted and not self.directory.allocator.table_full:
             self._check_full(extent_size(ask.size), {n for n in numbers if self.bound.get(n)})
 
     def _check_grant(self, place: Place, size: int) -> None:
@@ -444,13 +461,15 @@ class PoolMachine(RuleBasedStateMachine):
         form = dice.choice(FORMS)
         first = dice.choice(FIRST)
         count = dice.choice((4, 20, 60))
+        patient = dice.random() < 0.6
         client = self._clients(dice)
         if client is not None:
-            self._store(client, form, first, count)
+            self._store(client, form, first, count, patient)
 
-    def _store(self, client: Client, form: int, first: int, count: int) -> None:
+    def _store(self, client: Client, form: int, first: int, count: int, patient: bool = False) -> None:
         before = set(client.reserved)
-        self._reserve(client, form, range(form * 1000 + first, form * 1000 + first + count), 0, 0, "answered")
+        numbers = range(form * 1000 + first, form * 1000 + first + count)
+        self._reserve(client, form, numbers, 0, 0, "answered", patient)
         fresh = {handle: client.reserved.pop(handle) for handle in set(client.reserved) - before}
         client.reserved = fresh | client.reserved
         if fresh:
@@ -577,6 +596,81 @@ class PoolMachine(RuleBasedStateMachine):
         )
         for ask, wanted in asks:
             assert self.directory.handle(client.session, client.next_rid(), ask, now_ns) == wanted
+
+    # -- copying for the pool
+
+    def ask_for_offers(self, dice: Random) -> None:
+        below, limit = dice.random() < 0.3, dice.choice((0, 1, 4, 16, 16, 16))
+        fate = dice.choice(FATES)
+        lenders = {lender for lender, _ in self.lenders.values()}
+        client = self._clients(dice, lambda each: below or each.session in lenders)
+        if client is not None:
+            self._send(client, protocol.Offers(below, limit), fate)
+
+    def _booked_offers(self, late: Late, reply: protocol.Offered) -> None:
+        ask = late.ask
+        assert isinstance(ask, protocol.Offers)
+        numbers = [int.from_bytes(each, "big") for each in protocol.split_keys(reply.keys)]
+        sources = places(protocol.unpack(reply.sources, EXTENT))
+        targets = places(protocol.unpack(reply.targets, EXTENT))
+        self._learn_evictions(kept=set(numbers))
+        assert len(sources) == len(numbers) <= ask.limit
+        assert len(targets) == (0 if ask.below else len(sources))
+        for number, source in zip(numbers, sources, strict=True):
+            assert self.bound[number][source.handle].place == source
+        for source, target in zip(sources, targets, strict=False):
+            self._check_grant(target, target.length)
+            assert target.length >= source.length and target.segment != source.segment
+        chunks = [self.bound[n][s.handle] for n, s in zip(numbers, sources, strict=True)]
+        late.pinned = {chunk.place.handle: chunk for chunk in chunks}
+        # Who hears of it writes there at once what it is to copy; `copy_ends` says so, or that it failed.
+        late.reserved = {target.handle: (target, 0) for target in targets}
+        for source, target in zip(sources, targets, strict=False):
+            self.copies[late.rid, source.handle] = target.handle
+
+    def copy_ends(self, dice: Random) -> None:
+        """Of a copy between segments, or to below; done, or given up."""
+        done, fate, pick = dice.random() < 0.8, dice.choice(FATES), dice.random()
+        client = self._clients(dice, lambda each: each.pins)
+        if client is None:
+            return
+        ours = [(rid, source) for rid, held in client.pins.items() for source in held]
+        copies = [each for each in ours if each in self.copies]
+        ours = copies or ours
+        rid, source = ours[int(pick * len(ours))]
+        held = client.pins[rid]
+        target = self.copies.get((rid, source))
+        if target is not None and target not in client.reserved:
+            return  # it did something else with it meanwhile
+        hanging: tuple[Handle, ...] = () if target is None else (target,)
+        if target is not None:
+            place, _ = client.reserved[target]
+            stamp = held[source].stamp
+            self.memory.write(place, stamp)
+            client.reserved[target] = place, stamp
+        del held[source]
+        if not held:
+            del client.pins[rid]
+        packed = [protocol.pack_handles([each[0]], [each[1]]) for each in (source, *hanging)]
+        ask = protocol.Moved(rid, packed[0], packed[1] if hanging else b"", done)
+        self._send(client, ask, fate, hanging)
+
+    def _booked_moved(self, late: Late, reply: protocol.Done) -> None:
+        ask = late.ask
+        assert isinstance(ask, protocol.Moved)
+        self._learn_expiries()
+        handle = tuple(protocol.unpack(ask.source, protocol.HANDLE).tolist()[0])
+        found = [(number, each[handle]) for number, each in self.bound.items() if handle in each]
+        if not reply.count or not late.hanging:
+            assert not reply.count or found, "a chunk that has gone was taken for copied"
+            return
+        ((number, source),) = found
+        ((target, (place, stamp)),) = late.hanging.items()
+        assert ask.done and self.memory.holds(place, stamp) and stamp == source.stamp
+        assert all(each.place.segment != place.segment for each in self.bound[number].values())
+        copy = Place(place.index, place.generation, place.segment, place.offset, source.place.length)
+        expiry_ns = -(-source.expiry_ns // NS) * NS
+        self.bound[number][target] = Chunk(copy, stamp, source.form, source.space, expiry_ns)
 
     # -- the rest
 

@@ -50,6 +50,17 @@ def test_untouched_extents_leave_in_the_order_they_came(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
+def test_peek_names_what_is_evicted_next_and_changes_nothing(name: str) -> None:
+    policy = filled(name, 6)
+    policy.touch([0])
+
+    assert policy.peek(2, {1}.__contains__) == [2, 3]
+    assert policy.peek(0, nothing) == policy.peek(-1, nothing) == []
+    policy.give_up([2])
+    assert policy.evict(2, nothing) == [1, 3]
+
+
+@pytest.mark.parametrize("name", POLICIES)
 def test_evict_returns_what_there_is_when_asked_for_more(name: str) -> None:
     policy = filled(name, 3)
     policy.touch([0, 1, 2, 0, 1, 2, 0, 1, 2])
@@ -169,8 +180,14 @@ class LRUAgainstList(RuleBasedStateMachine):
     @rule(count=st.integers(0, 6), protected=st.sets(EXTENTS))
     def evict(self, count: int, protected: set[int]) -> None:
         wanted = [extent for extent in self.order if extent not in protected][:count]
+        assert self.policy.peek(count, protected.__contains__) == wanted
         assert self.policy.evict(count, protected.__contains__) == wanted
         self.order = [extent for extent in self.order if extent not in wanted]
+
+    @rule(count=st.integers(0, 6))
+    def give_up(self, count: int) -> None:
+        self.policy.give_up(self.order[1 : 1 + count])
+        del self.order[1 : 1 + count]
 
     @invariant()
     def agrees(self) -> None:
@@ -308,6 +325,16 @@ class S3FIFOKeepsItsExtents(RuleBasedStateMachine):
         assert set(chosen) <= self.inside - protected
         assert not count or looked_at[:1] == ([] if coldest is None else [coldest])
         self.inside -= set(chosen)
+
+    @rule(count=st.integers(0, 6), protected=st.sets(EXTENTS), gives_up=st.booleans())
+    def peek(self, count: int, protected: set[int], gives_up: bool) -> None:
+        named = self.policy.peek(count, protected.__contains__)
+        assert len(named) == len(set(named)) == min(count, len(self.inside - protected))
+        assert set(named) <= self.inside - protected
+        assert self.policy.peek(count, protected.__contains__) == named
+        if gives_up:
+            self.policy.give_up(named)
+            self.inside -= set(named)
 
     @invariant()
     def holds_what_came_and_did_not_leave(self) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vcache.limits import GIB, MIB
-from vcache.room import Room, default_segment_bytes, memory_room, numa_nodes
+from vcache.room import Room, default_segment_bytes, gpu_numa_node, memory_room, numa_nodes
 
 MACHINE = "MemTotal: 16777216 kB\nMemFree: 1048576 kB\nMemAvailable: 8388608 kB\n"
 
@@ -102,3 +102,17 @@ def test_the_margin_is_small_in_a_small_container() -> None:
 def test_a_numa_node_has_no_more_room_than_the_machine() -> None:
     node = numa_nodes()[0]
     assert 0 < memory_room(node).spendable <= memory_room().total
+
+
+def test_a_gpu_is_at_a_numa_node(tmp_path: Path) -> None:
+    for address, uuid, node in (("0000:17:00.0", "GPU-a", "1"), ("0000:65:00.0", "GPU-b", "-1")):
+        group(
+            tmp_path / "proc/driver/nvidia/gpus" / address,
+            information=f"Model: X\nGPU UUID: \t {uuid}\nIRQ: 9",
+        )
+        group(tmp_path / "sys/bus/pci/devices" / address, numa_node=node)
+    found = [
+        gpu_numa_node(f"cuda:GPU-{name}", proc=tmp_path / "proc", sys=tmp_path / "sys") for name in "abc"
+    ]
+    assert found == [1, None, None]
+    assert gpu_numa_node("cuda:GPU-a", proc=tmp_path / "none") is None

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +16,10 @@ import torch
 from tests.client_pool import alive, descriptors
 from tests.processes.worker import eventually
 from vcache.errors import ArgumentError, ConfigError, EngineClosed, Unavailable
-from vcache.limits import MIB, RECORD_HEADER_BYTES
+from vcache.limits import MIB
 from vcache.tiers import Tier
-from vcache.tiers.record import header_for
-from vcache.tiers.rocksdb.messages import Put
+from vcache.tiers.rocksdb import files
+from vcache.tiers.rocksdb.messages import Put, Write
 from vcache.tiers.rocksdb.tier import RocksTier
 
 LAYOUT, OTHER = b"L" * 16, b"O" * 16
@@ -138,12 +139,10 @@ def test_a_record_of_another_length_or_layout_is_a_miss_and_deleted(owners: Owne
 
 def test_damaged_bytes_are_a_miss_and_deleted(owners: Owners) -> None:
     tier = owners.tier()
-    content = chunk(1).numpy().copy()
-    header = header_for(key(1), LAYOUT, content, 1)
-    content[7] ^= 1
-    with tier._linked(SIZE + RECORD_HEADER_BYTES) as (link, deadline_s):  # as a bad disk would have them
-        link.staging.view[: SIZE + RECORD_HEADER_BYTES] = header.pack() + content.tobytes()
-        link.ask(Put(SIZE + RECORD_HEADER_BYTES), deadline_s)
+    tier.put(key(1), chunk(1), LAYOUT)
+    with open(files.path_of(owners.path, key(1)), "r+b") as file:  # as a bad disk would have them
+        file.seek(1000)
+        file.write(bytes([chunk(1)[1000 - 128].item() ^ 1]))
     assert tier.contains([key(1)]) == [True]
     assert not is_here(tier, 1)
     assert tier.contains([key(1)]) == [False]
@@ -193,26 +192,49 @@ def test_a_killed_owner_is_an_error_once_and_then_there_again(owners: Owners) ->
     tier.put(key(1), chunk(1), LAYOUT)
     assert tier.sync()
     owners.kill()
+    assert is_here(tier, 1), "a read needs no owner"
     with pytest.raises(ConnectionError):
         tier.contains([key(1)])
-    assert is_here(tier, 1)
+    assert tier.contains([key(1)]) == [True]
     owners.pids.add(tier.state().pid)
 
 
 def test_a_stopped_owner_costs_no_more_than_the_deadline(owners: Owners) -> None:
-    """The call returns, its memory is not written to later, and the owner is used again when it runs."""
+    """A read needs no owner; what does returns by its deadline, and the owner is used again when it runs."""
     tier = owners.tier(deadline_s=DEADLINE_S)
     tier.put(key(1), chunk(1), LAYOUT)
     hasty = RocksTier(owners.path, capacity_bytes=256 * MIB, deadline_s=0.05)
     owners.tiers.append(hasty)
     (pid,) = owners.pids
     os.kill(pid, signal.SIGSTOP)
-    into = torch.zeros(SIZE, dtype=torch.uint8)
-    with pytest.raises((TimeoutError, Unavailable)):
-        hasty.get(key(1), into, LAYOUT)
+    assert is_here(hasty, 1)
+    for _ in range(2):
+        with pytest.raises((TimeoutError, Unavailable)):
+            hasty.put(key(2), chunk(2), LAYOUT)
     os.kill(pid, signal.SIGCONT)
-    assert is_here(tier, 1)
-    assert not into.any()
+    assert tier.contains([key(1), key(2)]) == [True, False]
+
+
+def test_an_engine_that_dies_in_mid_write_leaves_nothing(owners: Owners) -> None:
+    tier = owners.tier()
+    deadline_s = time.monotonic() + DEADLINE_S
+    link = tier._take(deadline_s)
+    reply = link.ask(Put(key(1), SIZE), deadline_s)
+    assert isinstance(reply, Write)
+    Path(reply.path).write_bytes(b"half of")
+    link.close()
+    eventually(lambda: not Path(reply.path).exists(), "what it had begun is removed")
+    assert tier.contains([key(1)]) == [False]
+
+
+def test_the_owner_hears_of_reads(owners: Owners) -> None:
+    """So that what is read stays when others have to go."""
+    tier = owners.tier(capacity_bytes=4 * MIB)
+    for number in range(3):
+        tier.put(key(number), chunk(number, MIB), LAYOUT)
+    assert is_here(tier, 0, MIB)
+    tier.put(key(3), chunk(3, MIB), LAYOUT)
+    assert tier.contains([key(number) for number in range(4)]) == [True, False, True, True]
 
 
 def test_an_owner_that_nobody_wants_ends(tmp_path: Path) -> None:

@@ -104,6 +104,8 @@ class SegmentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     # Bytes, '2GiB', or 'auto': derived from what is free on the device. 0: this process lends nothing,
     # holders do.
     size: Bytes | Literal["auto"] = "auto"
+    # 0: where chunks are stored; 1: under that, for what is evicted there (host memory under a GPU's).
+    rank: Annotated[int, Meta(ge=0, le=1)] = 0
     # NUMA node that shared memory lies on; None: wherever the kernel puts it.
     numa: Annotated[int, Meta(ge=0, le=1_023)] | None = None
 
@@ -129,8 +131,7 @@ class RocksdbConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     # Ours alone, mode 700, on the SSD; made if it is not there. None: $XDG_CACHE_HOME/vcache, else
     # ~/.cache/vcache.
     directory: Text | None = None
-    # Bytes of all chunks; beyond them the least recently used go. Leave a third more on the disk: what was
-    # deleted is given back in whole files.
+    # Bytes of all chunks; beyond them the least recently used go.
     size: Annotated[
         int, Meta(ge=1 << 20, le=SIZE_MAX, extra={"wanted": f"{SIZE_WANTED}, at least 1MiB", "size": True})
     ] = 64 * GIB
@@ -172,6 +173,9 @@ class TiersConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     # The lower tiers, the fastest first: "rocksdb", "mooncake", or "rocksdb, mooncake". None: only the pool.
     order: TierOrder | None = None
+    # write-through: chunks are written below when they were stored, so that nothing is lost with the pool;
+    # write-back: when the pool is about to evict them, so that what is never evicted is never written.
+    policy: Literal["write-through", "write-back"] = "write-through"
     # Whether a lookup has what it found below loaded into the pool, so that the retrieve finds it there.
     prefetch: bool = True
     # A call that takes longer is a miss, and the tier is left alone for a while.

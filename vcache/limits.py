@@ -290,13 +290,44 @@ TIER_CONNECTIONS_MAX: Final = 8
 TIER_LIST_MAX: Final = 256
 """Rows in one page of a tier's listing: they fit one message."""
 
-TIER_WRITE_BUFFER_BYTES: Final = 128 * MIB
-"""What the database gathers in memory before it writes a file: four chunks of 32 MiB, one long write."""
+TIER_PIECE_BYTES: Final = 512 * KIB
+"""A record is read and written so much at a time: it is in the second-level cache still when its checksum is
+computed, and a call of the kernel costs nothing beside it.
+"""
+
+TIER_USES_MAX: Final = 256
+"""Reads of which an engine has not told the owner of a database yet: their keys fit one message."""
 
 TIER_DISK_MARGIN_BYTES: Final = 64 * MIB
 """Bytes on the disk that a database leaves free, or a sixteenth of the disk where that is less: a file
 system that is full to the last byte hurts everybody on it.
 """
+
+OFFERS_MAX: Final = 256
+"""Chunks that wait to be copied before they are evicted, or are being copied: bounds what is pinned so."""
+
+OFFERS_PER_REQUEST_MAX: Final = 16
+"""Chunks that one process takes at once to copy: half a gigabyte of large ones, and others find some, too."""
+
+OFFER_AHEAD_SHARE: Final = 16
+"""One extent in so many is free, or copied already, before a store needs it: a burst that is larger waits."""
+
+OFFER_AHEAD_MAX: Final = 64
+"""The most of them: two gigabytes of large chunks; to look for them costs every reserve of a full pool."""
+
+OFFER_S: Final = 2.0
+"""How long a chunk may wait to be copied, or be copied: then nobody waits for it, and it may be evicted."""
+
+SAVE_WAIT_S: Final = 0.25
+"""How long a store waits for extents that are being copied: a few large chunks to a slow disk. Then chunks go
+that nobody has copied, and are counted.
+"""
+
+SAVE_LOOK_S: Final = 0.002
+"""How often it looks: a fraction of what one copy takes."""
+
+SAVES_MAX: Final = 16
+"""Chunks that one engine writes to the lower tiers before they are evicted, at once: some for each tier."""
 
 PREFETCH_CHUNKS_MAX: Final = 256
 """Chunks that wait to be prefetched: some long prompts; later ones are loaded when they are retrieved."""

@@ -73,6 +73,16 @@ def numa_nodes() -> list[int]:
     return [0]
 
 
+def gpu_numa_node(label: str, *, proc: Path = _PROC, sys: Path = Path("/sys")) -> int | None:
+    """The NUMA node that a GPU ("cuda:GPU-…") is at; None where the driver or the kernel does not say."""
+    uuid = label.partition(":")[2]
+    for told in sorted((proc / "driver/nvidia/gpus").glob("*/information")):
+        if uuid in told.read_text(errors="replace").split():
+            node = _number(sys / "bus/pci/devices" / told.parent.name / "numa_node")
+            return node if node is not None and node >= 0 else None
+    return None
+
+
 def _machine_room(proc: Path) -> Room:
     fields = _fields((proc / "meminfo").read_text())
     total = fields["MemTotal:"] * 1024

@@ -73,11 +73,13 @@ SEGMENT: Final = np.dtype(
         ("data_offset", "<u8"),
         ("session", "<u8"),
         ("rank", "<u4"),
-        ("unused", "<u4"),
+        ("numa", "<u4"),
         ("device", "S64"),
     ]
 )
-"""A segment's record. Its word's generation is the segment's number; state COMMITTED means in use."""
+"""A segment's record. Its word's generation is the segment's number; state COMMITTED means in use. numa: the
+NUMA node that it is on or near, plus one; 0: unknown.
+"""
 
 RECORD: Final = np.dtype(
     [
@@ -340,13 +342,13 @@ class ExtentTable:
         session: int,
         rank: int,
         device: str,
+        numa: int = -1,
     ) -> None:
-        """Record a segment in a slot that is not in use."""
+        """Record a segment in a slot that is not in use. numa: -1: unknown."""
         assert int(self.segments["word"][slot]) >> 28 & 0xF != State.COMMITTED
         at = _HEADER_BYTES + slot * _RECORD_BYTES
-        fields = struct.pack(
-            "<Q16sQQQII64s", incarnation, segment_id, size, data_offset, session, rank, 0, device.encode()
-        )
+        numbers = incarnation, segment_id, size, data_offset, session, rank, numa + 1
+        fields = struct.pack("<Q16sQQQII64s", *numbers, device.encode())
         self._map[at + 8 : at + _RECORD_BYTES] = fields
         self._words[at >> 3] = word_of(number, State.COMMITTED, fields)
 

@@ -14,7 +14,6 @@ import torch
 from integration.lmcache.promises import Pins, Promises
 from integration.lmcache.reads import Reads
 from integration.lmcache.settings import read
-from vcache.client import Client
 from vcache.engine.chunks import Chunks
 from vcache.engine.lending import Lending
 from vcache.engine.stats import Counters
@@ -54,7 +53,7 @@ class Core:
         self._tiers = settings.tiers
         self._lending = Lending(config)
         try:
-            self.client = Client(config, name=name, new_segment=self._lending.source)
+            self.client = self._lending.client(name)
         except BaseException:
             self._lending.close()
             raise
@@ -67,6 +66,7 @@ class Core:
             counters=self.counters,
             tiers=settings.tiers,
             tier_queue_chunks=config.engine.tier_queue_chunks,
+            write_back=config.tiers.policy == "write-back",
             synchronise=_synchroniser(config.device),
         )
         self.owner: object = None

@@ -35,6 +35,7 @@ from vcache.engine.lending import Lending
 from vcache.engine.pool import Pool
 from vcache.engine.stats import Cause, Counters
 from vcache.engine.store import Store
+from vcache.engine.write_back import WriteBack
 from vcache.errors import LocalStateError, ServerError, Unavailable
 from vcache.kernels import LaunchOptions, prepare
 from vcache.limits import KEY_BYTES
@@ -110,6 +111,7 @@ class WorkerHalf:
         self._saves_here = True
         self._halves: list[_GroupHalf] = []
         self._tiers: list[Tier] = []
+        self._write_back: WriteBack | None = None
         self._identity: Identity | None = None
         self._client: Client | None = None
         self._lending: Lending | None = None
@@ -182,7 +184,7 @@ class WorkerHalf:
         self._tiers = make_tiers(config) if self._saves_here else []
         self._lending = Lending(config)
         name = f"vllm-worker-{self._vllm_config.kv_transfer_config.engine_id}"[:60]
-        self._client = client = Client(config, name=name, new_segment=self._lending.source)
+        self._client = client = self._lending.client(name)
         copies = Copies(self._counters, LaunchOptions(config.engine.sm_limit), loads=self._lanes)
         for pages in described:
             prepare(pages.paged)
@@ -190,8 +192,11 @@ class WorkerHalf:
             loads = GrantedLoads(client, pool, copies, self._counters)
             layout = pages.paged.layout
             below = Below(pool, self._tiers, layout, self._counters, config) if self._tiers else None
-            store = Store(pool, copies, below.queue if below else None, self._counters)
-            self._halves.append(_GroupHalf(pages, loads, store, below))
+            queue = below.queue if below and config.tiers.policy == "write-through" else None
+            self._halves.append(_GroupHalf(pages, loads, Store(pool, copies, queue, self._counters), below))
+        below = self._halves[0].below
+        if below and config.tiers.policy == "write-back":  # one takes what is evicted, of whatever group
+            self._write_back = WriteBack(client, below.queue)
         if config.server.autostart:
             client.wait_connected(config.client.connect_timeout_ms / 1e3)
         self._keep_mapped()
@@ -200,6 +205,8 @@ class WorkerHalf:
         """Wait for running copies, then leave the pool."""
         self._loader.shutdown(wait=True)
         self._saver.shutdown(wait=True)
+        if self._write_back is not None:
+            self._write_back.close()
         for half in self._halves:
             if half.below is not None:
                 half.below.close()  # ends what a fetch waits for

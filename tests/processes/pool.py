@@ -103,9 +103,14 @@ class Pool:
         given = {f"VCACHE_SERVER_{name.upper()}": str(value) for name, value in self.server_config.items()}
         return {**os.environ, **given, "PYTHONPATH": str(ROOT)}
 
-    def start_holder(self, device: str = "shm:0", size: str = "2MiB") -> tuple[subprocess.Popen[bytes], int]:
-        """Start a holder and wait until its segment is lent: (process, segment number)."""
-        device = device_of(device)
+    def start_holder(
+        self, device: str = "shm:0", size: int | str = "2MiB", *, rank: int = 0
+    ) -> tuple[subprocess.Popen[bytes], int]:
+        """Start a holder and wait until its segment is lent: (process, segment number).
+
+        Rank 1 is host memory, whatever plays the devices.
+        """
+        device = device if rank else device_of(device)
         command = [
             sys.executable,
             "-m",
@@ -115,6 +120,8 @@ class Pool:
             device,
             "--size",
             str(size_on(device, size)),
+            "--rank",
+            str(rank),
             "--json",
         ]
         environment = {**self.environment(), "VCACHE_SERVER_AUTOSTART": "false"}

@@ -54,7 +54,7 @@ def lengths(*numbers: int) -> bytes:
     return np.array(numbers, "<u8").tobytes()
 
 
-def attach(number: int, size: int, *, rank: int = 0) -> protocol.Attach:
+def attach(number: int, size: int, *, rank: int = 0, numa: int = -1) -> protocol.Attach:
     """Lend segment `number` with room for `size` bytes of extents."""
     return protocol.Attach(
         seq=1,
@@ -65,6 +65,7 @@ def attach(number: int, size: int, *, rank: int = 0) -> protocol.Attach:
         size=DATA_OFFSET + size,
         data_offset=DATA_OFFSET,
         rank=rank,
+        numa=numa,
     )
 
 

@@ -24,6 +24,7 @@ from vcache.cli.exits import Exit
 from vcache.cli.invocation import Invocation
 from vcache.client import Client
 from vcache.config import Config, parse_size
+from vcache.engine.moving import SegmentMover
 from vcache.errors import ArgumentError, ServerError
 from vcache.limits import SEGMENT_ALIGN_BYTES
 from vcache.logs import Line
@@ -49,21 +50,26 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--size", help="2GiB, 512MiB, … or auto (default: `segment.size` of the configuration)"
     )
     parser.add_argument("--numa", type=int, metavar="N", help="NUMA node of shared memory")
-    parser.add_argument("--rank", type=int, default=0, help="0: where chunks are stored first; 1: under that")
+    parser.add_argument(
+        "--rank",
+        type=int,
+        help="0: where chunks are stored; 1: under that (default: `segment.rank` of the configuration)",
+    )
 
 
 def run(invocation: Invocation) -> int:
     """Allocate, lend, say so on one line of standard output, and hold until told to end."""
     options, config = invocation.options, invocation.config
-    if not 0 <= options.rank <= 1:
-        raise ArgumentError("--rank", options.rank, "0 or 1")
+    rank = config.segment.rank if options.rank is None else options.rank
+    if not 0 <= rank <= 1:
+        raise ArgumentError("--rank", rank, "0 or 1")
     if options.device is not None:
         config = msgspec.structs.replace(config, device=options.device)
     holder = _Holder(config, _size(config, options.size), _numa(config, options.numa))
     holder.allocate_first()
     try:
         with _until_told(holder):
-            return holder.hold(options.rank, as_json=invocation.as_json)
+            return holder.hold(rank, as_json=invocation.as_json)
     finally:
         holder.close()
 
@@ -108,6 +114,7 @@ class _Holder:
     def hold(self, rank: int, *, as_json: bool) -> int:
         """Lend until told to end. A pool that has lost its table gets new memory, which is said again."""
         client = Client(self._config, name=f"holder {self._config.device}", new_segment=self._next, rank=rank)
+        SegmentMover(client, self._config.device)
         try:
             while True:
                 self._allocated.get()

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from vcache.client.client import Client
 from vcache.client.grants import Grant, Reservation
+from vcache.client.moving import Move
 
-__all__ = ["Client", "Grant", "Reservation"]
+__all__ = ["Client", "Grant", "Move", "Reservation"]

@@ -25,10 +25,13 @@ class Breaker:
     only by the session's thread, when the server has answered there.
     """
 
-    def __init__(self, name: str, on_trip: Callable[[], None]) -> None:
+    def __init__(
+        self, name: str, on_trip: Callable[[], None], on_admit: Callable[[], None] = lambda: None
+    ) -> None:
         self.connection: Connection | None = None
         self._name = name
         self._on_trip = on_trip
+        self._on_admit = on_admit
         self._changed = threading.Condition()
         self._why = "the metadata server was not reached yet"
         self._final: EngineClosed | ForkedProcess | None = None
@@ -48,6 +51,7 @@ class Breaker:
             self.connection = connection
             self._changed.notify_all()
         _log.info("%s: connected to the metadata server (process %d)", self._name, connection.server_pid)
+        self._on_admit()
 
     def trip(self, connection: Connection | None, why: str) -> bool:
         """Refuse requests from now on, because of `why`; True, and logged, if they went through until now.

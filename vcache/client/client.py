@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 
+from vcache.client.moving import Moving
 from vcache.client.reading import Reading
 from vcache.client.requests import Requests, packed_keys
 from vcache.client.segments import Memory
@@ -36,7 +37,7 @@ from vcache.runtime import RuntimeDir
 from vcache.segment import Segment
 
 
-class Client(Reading, Writing):
+class Client(Reading, Writing, Moving):
     """One process' access to the pool. Thread-safe.
 
     Requests raise `Unavailable` (at once while there is no server, after `client.request_timeout_ms` at the
@@ -108,6 +109,16 @@ class Client(Reading, Writing):
             self._breaker.shut(EngineClosed("this client was closed"))
             self._session.stop()
             _clients.discard(self)
+
+    def wait_offers(self, seen: int) -> int:
+        """Wait until there is reason to ask for offers that was not when this returned `seen`; -1: at once.
+
+        A notice of the server is one, and so is a new server, which offers nothing to who has not asked it.
+        Raises EngineClosed, ForkedProcess.
+        """
+        seen = self._session.offering.wait(seen)
+        self._breaker.check_usable()
+        return seen
 
     def segment(self, number: int, lineage: int) -> Memory | None:
         """The memory of a segment, mapped on first use; None if it cannot be had: a miss.

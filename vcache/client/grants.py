@@ -23,13 +23,15 @@ class Reservation:
     missing.
 
     present: of each key, whether it is there already (empty without keys). wanted: how many were missing;
-    fewer extents mean that this much fitted. lineage: where `Client.segment` finds the segments.
+    fewer extents mean that this much fitted. lineage: where `Client.segment` finds the segments. coming: see
+    `Client.reserve`.
     """
 
     extents: Extents
     present: list[bool]
     wanted: int
     lineage: int
+    coming: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +60,7 @@ class Grant:
 
 def read_reserved(reply: Reserved, connection: Connection, request: Reserve) -> Reservation:
     """What a reserve was granted. Raises RemoteProtocolError if it cannot be so."""
-    extents = _read_extents(reply.extents, connection)
+    extents = read_extents(reply.extents, connection)
     keys = len(request.keys) // KEY_BYTES
     wanted = reply.present.count(0) if keys else request.count
     if len(reply.present) != keys or reply.wanted != wanted or len(extents) > wanted:
@@ -68,14 +70,15 @@ def read_reserved(reply: Reserved, connection: Connection, request: Reserve) -> 
         )
     if len(extents) and int(extents["length"].min()) < request.size:
         raise RemoteProtocolError(f"reserved: {int(extents['length'].min())} bytes, wanted {request.size}")
-    return Reservation(extents, [bool(flag) for flag in reply.present], wanted, connection.lineage)
+    present = [bool(flag) for flag in reply.present]
+    return Reservation(extents, present, wanted, connection.lineage, max(reply.coming, 0))
 
 
 def read_acquired(
     reply: Acquired, connection: Connection, request: Acquire, rid: int, started_s: float
 ) -> Grant:
     """What an acquire was granted. Raises RemoteProtocolError if it cannot be so."""
-    extents = _read_extents(reply.extents, connection)
+    extents = read_extents(reply.extents, connection)
     keys = len(request.keys) // KEY_BYTES
     flags = None if request.prefix else [bool(flag) for flag in reply.flags]
     fits = len(extents) <= keys if flags is None else len(flags) == keys and sum(flags) == len(extents)
@@ -93,7 +96,7 @@ def adopted(extents: bytes, lineage: int, connection: Connection) -> Grant:
     """
     if connection.lineage != lineage:
         raise Unavailable("the chunks were granted by a metadata server whose pool is gone")
-    return Grant(0, _read_extents(extents, connection), None, float("inf"), lineage, connection.table)
+    return Grant(0, read_extents(extents, connection), None, float("inf"), lineage, connection.table)
 
 
 def handles_of(extents: Extents, argument: str = "extents") -> list[Handle]:
@@ -111,7 +114,7 @@ def pack(handles: Sequence[Handle]) -> bytes:
     return pack_handles([index for index, _ in handles], [stamp & 0xFFFF_FFFF for _, stamp in handles])
 
 
-def _read_extents(packed: bytes, connection: Connection) -> Extents:
+def read_extents(packed: bytes, connection: Connection) -> Extents:
     """Extents off the wire, stamped with the tenure; RemoteProtocolError for an index or bytes that cannot
     be.
     """

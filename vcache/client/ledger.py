@@ -103,6 +103,16 @@ class Ledger:
                 self._pins[rid] = pinned
             return True
 
+    def book_offers(self, rid: int, pinned: Iterable[Handle], reserved: Iterable[Handle]) -> bool:
+        """Settle a request for offers: sources are pinned, targets ours. False as for `book_pin`."""
+        with self._guard:
+            if self._outstanding.pop(rid, None) is None:
+                return False
+            if held := dict(pinned):
+                self._pins[rid] = held
+            self._reserved.update(reserved)
+            return True
+
     def book_commit(self, rid: int, ended: Iterable[Handle]) -> bool:
         """Settle a commit: the `ended` extents are not ours any more, the others still are. False if it was
         given up.

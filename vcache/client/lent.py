@@ -88,6 +88,7 @@ class Lent:
                 own.size,
                 DATA_OFFSET,
                 self._rank,
+                -1 if own.numa is None else own.numa,
             ),
             () if fd is None else (fd,),
         )

@@ -21,6 +21,7 @@ from collections.abc import Callable
 import zmq
 
 from vcache.client.autostart import start_server
+from vcache.client.bell import Bell
 from vcache.client.breaker import Breaker
 from vcache.client.channel import Connection
 from vcache.client.control import Control
@@ -47,6 +48,7 @@ from vcache.protocol import (
     FromClient,
     Gone,
     Hello,
+    Offering,
     Opened,
     Refused,
     Welcome,
@@ -74,7 +76,8 @@ class Session:
         self.number = secrets.randbits(63) | 1
         self.counters: Counter[str] = Counter()
         self.ledger = Ledger()
-        self.breaker = Breaker(name, self._tripped)
+        self.offering = Bell()
+        self.breaker = Breaker(name, self._tripped, self.offering.ring)
         self.segments = Segments(self.post, config.device, lambda: self.breaker.connection is not None)
         self.lent = Lent(new_segment, self.segments, self.wake, rank)
         self._config = config
@@ -109,6 +112,7 @@ class Session:
     def stop(self) -> None:
         """End the session: say so if copies are over, wait for the thread (bounded)."""
         self._stop_at_s = time.monotonic() + CLOSE_WAIT_S
+        self.offering.ring()
         self.wake()
         self._thread.join(2 * CLOSE_WAIT_S)
         if self._thread.is_alive():
@@ -287,6 +291,8 @@ class Session:
         close_all(descriptors)
         if isinstance(message, Gone):
             self.segments.gone(message.segment)
+        elif isinstance(message, Offering):
+            self.offering.ring()
         elif isinstance(message, Attached):
             self.lent.attached(message)
         elif isinstance(message, Detached):

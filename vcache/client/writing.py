@@ -23,15 +23,18 @@ class Writing:
 
     _requests: Requests
 
-    def reserve(self, keys: Sequence[bytes], *, layout: bytes, size: int, near: int = 0) -> Reservation:
+    def reserve(
+        self, keys: Sequence[bytes], *, layout: bytes, size: int, near: int = 0, patient: bool = False
+    ) -> Reservation:
         """The right to write one extent of at least `size` bytes for each key that is not there yet, as far
         as they fit.
 
-        near: the segment to prefer. Ends by `commit` or `abort`.
+        near: the segment to prefer. patient: nothing, and how much is coming, while chunks that have to go
+        for it are still being copied. Ends by `commit` or `abort`.
         """
         if not keys:
             raise ArgumentError("keys", "none", "at least one")
-        return self._reserve(Reserve(checked_layout(layout), size, packed_keys(keys), 0, near))
+        return self._reserve(Reserve(checked_layout(layout), size, packed_keys(keys), 0, near, patient))
 
     def reserve_blank(self, count: int, *, layout: bytes, size: int, near: int = 0) -> Reservation:
         """The right to write `count` extents whose keys are bound at commit, as far as they fit."""

@@ -25,6 +25,7 @@ from vcache.engine.pool import Pool
 from vcache.engine.stats import Cause, Counters
 from vcache.engine.stock import Blank, Stock
 from vcache.engine.tier_queue import TierQueues
+from vcache.engine.write_back import WriteBack
 from vcache.errors import RemoteProtocolError
 from vcache.layout import KVLayout
 from vcache.limits import FORM_BYTES, KEYS_PER_REQUEST_MAX, TIER_LOAD_CHUNKS_MAX
@@ -76,13 +77,17 @@ class Chunks:
         counters: Counters,
         tiers: Sequence[Tier] = (),
         tier_queue_chunks: int = 1,
+        write_back: bool = False,
         synchronise: Callable[[], None] = lambda: None,
     ) -> None:
-        """synchronise: waits until what was launched into drafts has really been written."""
+        """synchronise: waits until what was launched into drafts has really been written. write_back: as
+        `tiers.policy` of the configuration.
+        """
         self.counters = counters
         self._pool = Pool(client, counters, layout, model, device)
         self._lower = LowerTiers(tiers, layout.fingerprint, counters)
         self._queue = TierQueues(self._pool, self._lower, tier_queue_chunks, counters) if tiers else None
+        self._write_back = WriteBack(client, self._queue) if self._queue is not None and write_back else None
         self._synchronise = synchronise
         self._stock = Stock(self._pool, synchronise)
         self._holds = Holds(self._pool)
@@ -159,7 +164,7 @@ class Chunks:
         )
         if stale:
             self.counters.failed(Cause.STALE, "extents were taken back before the commit", chunks=stale)
-        if self._queue is not None and stored:
+        if self._queue is not None and self._write_back is None and stored:
             self._queue.accept([keys[at] for at in stored])
 
     # -- looking
@@ -341,6 +346,8 @@ class Chunks:
 
     def close(self) -> None:
         """End what runs in the background and give the stock back. The client stays the caller's to close."""
+        if self._write_back is not None:
+            self._write_back.close()
         if self._queue is not None:
             self._queue.close()
         self._lower.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from vcache.engine.arguments import Transfer
@@ -40,6 +41,13 @@ class Copies:
         """Copy `chunks` into paged KV, in one launch; when it returns the copy has really finished."""
         with self._counters.seconds("scatter_seconds"):
             self.scatter_layers(transfer, chunks, None).wait()
+
+    def brought(self, transfer: Transfer, chunk: Tensor) -> Tensor:
+        """A copy of a chunk in host memory on the GPU of the paged KV, whose kernels cannot read it there."""
+        copy = torch.empty(len(chunk), dtype=torch.uint8, device=transfer.paged.device)
+        lane = self._loads.on(transfer.paged.device)
+        lane.run(lambda: copy.copy_(chunk, non_blocking=True), transfer.after).wait()
+        return copy
 
     def scatter_layers(self, transfer: Transfer, chunks: Sequence[Tensor], layers: range | None) -> Event:
         """Copy some layers of `chunks` into paged KV, in one launch; the event that they are there."""

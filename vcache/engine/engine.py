@@ -11,7 +11,6 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from vcache.client import Client
 from vcache.config import Config
 from vcache.engine.arguments import (
     Transfer,
@@ -33,6 +32,7 @@ from vcache.engine.stats import Cause, Counters
 from vcache.engine.store import Store
 from vcache.engine.tier_queue import TierQueues
 from vcache.engine.transfers import Transfers
+from vcache.engine.write_back import WriteBack
 from vcache.kernels import LaunchOptions
 from vcache.keys import KeyChain, Tokens
 from vcache.layout import KVLayout
@@ -91,7 +91,7 @@ class VCacheEngine:
         self._lending: Lending | None = None
         try:
             self._lending = Lending(config)
-            self._client = Client(config, name=name, new_segment=self._lending.source)
+            self._client = self._lending.client(name)
         except BaseException:
             self._let_go()
             raise
@@ -101,14 +101,18 @@ class VCacheEngine:
         copies = Copies(self._counters, LaunchOptions(config.engine.sm_limit), loads=loads)
         self._pool = pool
         self._queue: TierQueues | None = None
+        self._write_back: WriteBack | None = None
         self._prefetch: Prefetch | None = None
         if tiers:
             chunks, ttl_s = config.engine.tier_queue_chunks, config.server.default_ttl_s
             self._queue = TierQueues(pool, self._lower, chunks, self._counters, ttl_s=ttl_s)
+            if config.tiers.policy == "write-back":
+                self._write_back = WriteBack(self._client, self._queue)
             if config.tiers.prefetch:
                 self._prefetch = Prefetch(pool, self._lower, layout.chunk_bytes, self._counters)
         self._lookup = Lookup(pool, self._lower, self._prefetch)
-        self._store = Store(pool, copies, self._queue, self._counters)
+        through = self._queue if self._write_back is None else None
+        self._store = Store(pool, copies, through, self._counters)
         self._retrieve = Retrieve(pool, copies, self._lower, self._counters, self._prefetch)
         self._operations = Operations()
         if config.server.autostart or _session_path(config).exists():
@@ -327,6 +331,8 @@ class VCacheEngine:
         self._operations.close()
         if self._prefetch is not None:
             self._prefetch.close()
+        if self._write_back is not None:
+            self._write_back.close()
         if self._queue is not None:
             self._queue.close()
         self._lower.close()

@@ -6,7 +6,9 @@ import logging
 import mmap
 from collections.abc import Callable
 
+from vcache.client import Client
 from vcache.config import Config
+from vcache.engine.moving import SegmentMover
 from vcache.limits import SEGMENT_ALIGN_BYTES
 from vcache.logs import Line
 from vcache.room import default_segment_bytes, memory_room
@@ -39,6 +41,13 @@ class Lending:
         self.source = self._next
         if config.segment.size != "auto":
             self._first = self._allocate()
+
+    def client(self, name: str) -> Client:
+        """A session that lends the segment, and makes the copies to and from it that the server wants."""
+        client = Client(self._config, name=name, new_segment=self.source, rank=self._config.segment.rank)
+        if self.source is not None:
+            SegmentMover(client, self._device)
+        return client
 
     def close(self) -> None:
         """Free what the client did not ask for."""

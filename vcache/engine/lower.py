@@ -131,14 +131,19 @@ class OneTier:
         """Whether it takes chunks now."""
         return self._calls.is_available
 
-    def put(self, key: bytes, chunk: Tensor, expires_ms: int = 0) -> bool:
-        """Have it keep a copy, however long that takes; whether it does."""
+    def put(self, key: bytes, chunk: Tensor, expires_ms: int = 0, layout: bytes | None = None) -> bool:
+        """Have it keep a copy, however long that takes; whether it does. layout: None: the engine's own."""
         if chunk.device.type != "cpu":
             staged = torch.empty(len(chunk), dtype=torch.uint8, pin_memory=True)
             source = chunk
             self._lanes.on(chunk.device).run(lambda: staged.copy_(source, non_blocking=True), PAST).wait()
             chunk = staged
-        return self._calls.write(partial(self._calls.tier.put, key, chunk, self._layout, expires_ms))
+        put = partial(self._calls.tier.put, key, chunk, layout or self._layout, expires_ms)
+        return self._calls.write(put)
+
+    def has(self, key: bytes) -> bool:
+        """Whether it has a chunk."""
+        return bool(self._calls.ask(partial(self._calls.tier.contains, [key]), [False])[0])
 
     def remove(self, keys: Sequence[bytes]) -> int:
         """Forget chunks in it."""

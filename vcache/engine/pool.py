@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ from vcache.engine.stats import Cause, Counters
 from vcache.errors import RemoteProtocolError, SegmentError, ServerError, Unavailable
 from vcache.keys import namespace
 from vcache.layout import KVLayout
-from vcache.limits import HOLDER_SEARCH_INTERVAL_S, LABEL_BYTES_MAX
+from vcache.limits import HOLDER_SEARCH_INTERVAL_S, LABEL_BYTES_MAX, SAVE_LOOK_S, SAVE_WAIT_S
 from vcache.protocol import Extents, SegmentRow
 from vcache.segment import SegmentMemory, device_label
 
@@ -38,6 +39,7 @@ class Pool:
         self._holder = 0
         self._holder_known_until_s = 0.0
         self._described_to = 0
+        self._never = threading.Event()
 
     def connected(self) -> bool:
         """Whether requests go through now; counted if not."""
@@ -82,17 +84,32 @@ class Pool:
     # -- writing
 
     def reserve(self, keys: Sequence[bytes]) -> Reservation | None:
-        """The right to write those of `keys` that are not there, as far as they fit; None if refused."""
-        near = self._near()
-        size = self._layout.chunk_bytes
-        ask = self._client.reserve
-        reservation = self._ask(lambda: ask(keys, layout=self._fingerprint, size=size, near=near), None)
+        """The right to write those of `keys` that are not there, as far as they fit; None if refused.
+
+        Waits up to SAVE_WAIT_S for chunks that are being copied before they are evicted for these.
+        """
+        reservation = self._reserve(keys, patient=True)
+        deadline_s = time.monotonic() + SAVE_WAIT_S
+        while reservation is not None and reservation.coming:
+            is_late = time.monotonic() > deadline_s
+            if not is_late:
+                self._never.wait(SAVE_LOOK_S)
+            reservation = self._reserve(keys, patient=not is_late)
         if reservation is not None and len(reservation.extents) < reservation.wanted:
             got = len(reservation.extents)
             self._counters.failed(
                 Cause.FULL_POOL, "no room for all chunks", wanted=reservation.wanted, got=got
             )
         return reservation
+
+    def _reserve(self, keys: Sequence[bytes], *, patient: bool) -> Reservation | None:
+        near, size = self._near(), self._layout.chunk_bytes
+        return self._ask(
+            lambda: self._client.reserve(
+                keys, layout=self._fingerprint, size=size, near=near, patient=patient
+            ),
+            None,
+        )
 
     def reserve_blank(self, count: int, size: int) -> Reservation | None:
         """The right to write `count` extents of `size` bytes whose keys come later, as far as they fit."""

@@ -65,9 +65,9 @@ class Retrieve:
         at = 0
         while at < len(transfer):
             part = transfer.part(at, at + KEYS_PER_REQUEST_MAX)
-            found = self._load_from_pool(part)
+            found, has_more = self._load_from_pool(part)
             at += found
-            if found < len(part):
+            if found < len(part) and not has_more:
                 if self._prefetch is not None and self._prefetch.wait_for(part.keys[found], PREFETCH_WAIT_S):
                     continue  # it came, or is looked for below in the next turn
                 from_tiers = _FromTiers(self._pool, self._copies, self._lower, self._counters).run(
@@ -78,42 +78,63 @@ class Retrieve:
                     break
         return at
 
-    def _load_from_pool(self, transfer: Transfer) -> int:
+    def _load_from_pool(self, transfer: Transfer) -> tuple[int, bool]:
+        """Load leading chunks that the pool has: how many, and whether the pool has more of them."""
         for _ in range(RETRIEVE_TRIES):
             grant = self._pool.acquire(transfer.keys)
             if grant is None or not len(grant.extents):
-                return 0
+                return 0, False
             try:
-                loaded = self._scatter(transfer, grant)
+                loaded, has_more = self._scatter(transfer, grant)
                 if not loaded or self._pool.intact(grant, 0, loaded):
-                    return loaded
+                    return loaded, has_more
             finally:
                 self._pool.release(grant)
-        return 0
+        return 0, False
 
-    def _scatter(self, transfer: Transfer, grant: Grant) -> int:
-        """Copy what was granted and is within reach; how many chunks."""
-        with self._within_reach(transfer, grant) as chunks:
+    def _scatter(self, transfer: Transfer, grant: Grant) -> tuple[int, bool]:
+        """Copy what was granted and is within reach: how many chunks, and whether there is more to copy."""
+        with self._within_reach(transfer, grant) as (chunks, has_more):
             if chunks:
                 self._copies.scatter(transfer.part(0, len(chunks)), chunks)
-            return len(chunks)
+            return len(chunks), has_more
 
     @contextmanager
-    def _within_reach(self, transfer: Transfer, grant: Grant) -> Iterator[list[Tensor]]:
-        """What was granted, up to the first chunk that is out of reach or has a wrong size."""
+    def _within_reach(self, transfer: Transfer, grant: Grant) -> Iterator[tuple[list[Tensor], bool]]:
+        """What was granted, up to the first chunk that is out of reach or has a wrong size.
+
+        Also whether the chunk behind that is within reach: no more than TIER_LOAD_CHUNKS_MAX of host memory
+        are brought to a GPU at once.
+        """
         lengths = grant.extents["length"].tolist()
         fitting = next((at for at, size in enumerate(lengths) if size != transfer.sizes[at]), len(lengths))
         if fitting < len(lengths):
             got, wanted = lengths[fitting], transfer.sizes[fitting]
             self._counters.failed(Cause.MALFORMED, "a chunk has a wrong length", got=got, wanted=wanted)
-        kind = transfer.paged.device.type
-        with self._pool.borrowed(grant.extents[:fitting], lengths[:fitting], grant.lineage, kind) as views:
-            chunks = _leading(views)
+        with self._pool.borrowed(grant.extents[:fitting], lengths[:fitting], grant.lineage) as views:
+            chunks, has_more = self._readable(transfer, _leading(views))
             views.clear()
             try:
-                yield chunks
+                yield chunks, has_more
             finally:
                 chunks.clear()
+
+    def _readable(self, transfer: Transfer, views: list[Tensor]) -> tuple[list[Tensor], bool]:
+        """The views as copies on the paged KV's device can read them; whether there are more."""
+        chunks: list[Tensor] = []
+        kind, brought = transfer.paged.device.type, 0
+        for view in views:
+            if view.device.type == kind:
+                chunks.append(view)
+            elif kind != "cuda":
+                self._counters.failed(Cause.OTHER_MEMORY, "a segment is on a GPU, and the pages are not")
+                break
+            elif brought == TIER_LOAD_CHUNKS_MAX:
+                return chunks, True
+            else:
+                brought += 1
+                chunks.append(self._copies.brought(transfer, view))
+        return chunks, False
 
     def _load_by_layers(self, transfer: Transfer, progress: Progress) -> int:
         """Pin what the pool has, load what it lacks, and then layer by layer what is pinned."""
@@ -124,7 +145,7 @@ class Retrieve:
             progress.promise(loaded)
             return loaded
         try:
-            with self._within_reach(pinned, grant) as chunks:
+            with self._within_reach(pinned, grant) as (chunks, _):
                 count = len(chunks)
                 rest = self._load(transfer.part(count)) if count < len(transfer) else 0
                 progress.promise(count + rest)

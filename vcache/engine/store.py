@@ -17,7 +17,10 @@ from vcache.protocol import Outcome
 
 
 class Store:
-    """Stores transfers. `queue`: by which chunks go on to lower tiers, None without any. Thread-safe."""
+    """Stores transfers. Thread-safe.
+
+    queue: by which chunks go on to lower tiers at once; None: they do not.
+    """
 
     def __init__(self, pool: Pool, copies: Copies, queue: TierQueues | None, counters: Counters) -> None:
         self._pool = pool

@@ -1,4 +1,8 @@
-"""Chunks that were committed on their way to the lower tiers, in the background: a queue for each tier."""
+"""Chunks on their way to the lower tiers, in the background: a queue for each tier.
+
+Write-through: chunks that were committed are `accept`ed. Write-back: chunks that are to be evicted are
+`take`n.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from vcache.client import Grant
+from vcache.client import Grant, Move
 from vcache.engine.lower import LowerTiers, OneTier
 from vcache.engine.pool import Pool
 from vcache.engine.stats import Cause, Counters
@@ -21,10 +25,17 @@ _log = logging.getLogger(__name__)
 
 
 class _Waiting(NamedTuple):
-    """Chunks under one pin; keys[i] lies in grant.extents[i]."""
+    """Chunks under one pin; keys[i] lies in grant.extents[i].
+
+    end: to be called once, when nothing here reads them any more, with how many the tier has. expires_ms:
+    None: as of chunks that were stored just now. layout: None: the engine's own.
+    """
 
     grant: Grant
     keys: list[bytes]
+    end: Callable[[int], None]
+    expires_ms: int | None = None
+    layout: bytes | None = None
 
 
 class TierQueue:
@@ -90,7 +101,21 @@ class TierQueue:
         if grant is None or not len(grant.extents):
             return None
         flags = grant.flags or [True] * len(grant.extents)
-        return _Waiting(grant, [key for key, there in zip(keys, flags, strict=False) if there])
+        there = [key for key, there in zip(keys, flags, strict=False) if there]
+        return _Waiting(grant, there, lambda _: self._pool.release(grant))
+
+    def take(self, move: Move, end: Callable[[int], None], expires_ms: int) -> None:
+        """Have a chunk written that is about to be evicted; `end` as in `_Waiting`. No limit counts here."""
+        waiting = _Waiting(move.source, [move.key], end, expires_ms, move.layout)
+        with self._changed:
+            if self._tier.is_available and not self._ending:
+                self._forgotten.discard(move.key)
+                self._chunks += 1
+                self._waiting.append(waiting)
+                self._changed.notify_all()
+                return
+        self._drop(1)
+        end(0)
 
     def forget(self, keys: Sequence[bytes] | None) -> None:
         """See to it that these chunks (None: all that wait) are not in the tier in the end."""
@@ -98,6 +123,10 @@ class TierQueue:
             if self._chunks:
                 waiting = [key for each in self._waiting for key in each.keys] if keys is None else keys
                 self._forgotten.update(waiting)
+
+    def remove(self, key: bytes) -> None:
+        """Forget a chunk in the tier itself."""
+        self._tier.remove([key])
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until nothing waits any more; whether that came true."""
@@ -116,7 +145,7 @@ class TierQueue:
             left = sum(len(waiting.keys) for waiting in given_up)
             self._chunks -= left
         for waiting in given_up:
-            self._pool.release(waiting.grant)
+            waiting.end(0)
         if left:
             self._drop(left)
         self._thread.join(TIER_DRAIN_S)
@@ -136,14 +165,17 @@ class TierQueue:
                 if not self._waiting:
                     return
                 waiting = self._waiting.popleft()
+            kept = 0
             try:
-                self._write(waiting)
-                self._pool.release(waiting.grant)
+                kept = self._write(waiting)
             except LocalStateError as error:  # the client was closed under us: its pins ended with it
-                _log.debug(Line("write-through ended", reason=str(error)))
+                _log.debug(Line("writing to a tier ended", reason=str(error)))
             except Exception as error:  # whatever a tier raises: the thread has to outlive it
                 self._counters.failed(Cause.TIER, error)
-                self._pool.release(waiting.grant)
+            try:
+                waiting.end(kept)
+            except LocalStateError as error:
+                _log.debug(Line("writing to a tier ended", reason=str(error)))
             finally:
                 with self._changed:
                     self._chunks -= len(waiting.keys)
@@ -151,8 +183,11 @@ class TierQueue:
                         self._forgotten.clear()
                     self._changed.notify_all()
 
-    def _write(self, waiting: _Waiting) -> None:
+    def _write(self, waiting: _Waiting) -> int:
+        """Write what was not forgotten; how many the tier has now."""
         extents, grant = waiting.grant.extents, waiting.grant
+        expires_ms = self._expires_ms() if waiting.expires_ms is None else waiting.expires_ms
+        kept = 0
         for at, key in enumerate(waiting.keys):
             if key in self._forgotten:
                 continue
@@ -161,11 +196,35 @@ class TierQueue:
                 # Intact and borrowed now: then pin and memory stay as they are until they are given back.
                 if views[0] is None or not self._pool.intact(grant, at, at + 1):
                     self._counters.add(tier_dropped_chunks=len(waiting.keys) - at)
-                    return
-                is_kept = self._tier.put(key, views[0], self._expires_ms())
+                    return kept
+                # What came from below and goes down again is there already.
+                is_there = waiting.layout is not None and self._tier.has(key)
+                is_kept = is_there or self._tier.put(key, views[0], expires_ms, waiting.layout)
+            kept += is_kept
+            if is_there:
+                continue
             self._counters.add(**{"tier_written_chunks" if is_kept else "tier_refused_chunks": 1})
             if key in self._forgotten:
                 self._tier.remove([key])
+        return kept
+
+
+class _Left:
+    """Tiers that are still to say whether they have a chunk."""
+
+    def __init__(self, tiers: int, end: Callable[[bool], None]) -> None:
+        self._tiers = tiers
+        self._end = end
+        self._kept = 0
+        self._guard = threading.Lock()
+
+    def one_less(self, kept: int) -> None:
+        with self._guard:
+            self._kept += kept
+            self._tiers -= 1
+            if self._tiers:
+                return
+        self._end(bool(self._kept))
 
 
 class TierQueues:
@@ -182,6 +241,8 @@ class TierQueues:
         clock: Callable[[], float] = time.time,
     ) -> None:
         """ttl_s: age at which the pool's chunks expire (0: never), and so their copies. clock: since 1970."""
+
+        self._clock = clock
 
         def expires_ms() -> int:
             return int((clock() + ttl_s) * 1000) if ttl_s else 0
@@ -200,10 +261,25 @@ class TierQueues:
         for queue in self._queues:
             queue.accept(keys)
 
+    def take(self, move: Move, end: Callable[[bool], None]) -> None:
+        """Have a chunk that is about to be evicted written to every tier; `end` hears whether one has it now.
+
+        It is called once, when nothing here reads the chunk any more.
+        """
+        expires_ms = int(self._clock() * 1000) + move.ttl_ms if move.ttl_ms else 0
+        left = _Left(len(self._queues), end)
+        for queue in self._queues:
+            queue.take(move, left.one_less, expires_ms)
+
     def forget(self, keys: Sequence[bytes] | None) -> None:
         """As `TierQueue.forget`."""
         for queue in self._queues:
             queue.forget(keys)
+
+    def remove(self, key: bytes) -> None:
+        """Forget a chunk in every tier."""
+        for queue in self._queues:
+            queue.remove(key)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until nothing waits any more; whether that came true."""

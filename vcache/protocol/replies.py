@@ -25,11 +25,13 @@ class Reserved(Message, frozen=True):
     """`extents` (packed EXTENT, length = room), in the order of the keys whose bit in `present` is 0.
 
     wanted: how many were missing. Less was granted when len(extents) < wanted: that much fitted.
+    coming: to a patient request that was granted nothing: extents that will be free when they were copied.
     """
 
     extents: bytes
     present: bytes
     wanted: int
+    coming: int = 0
 
 
 class Committed(Message, frozen=True):
@@ -66,6 +68,20 @@ class Acquired(Message, frozen=True):
     extents: bytes
     flags: bytes
     lease_ms: int
+
+
+class Offered(Message, frozen=True):
+    """`sources` (packed EXTENT, length = the chunk's bytes), pinned under this request, to be copied.
+
+    targets (packed EXTENT): where to, reserved under this request; none: to the lower tiers. keys, layouts:
+    packed, of each source. ttls_ms (packed i64): what each has to live; 0: no end.
+    """
+
+    sources: bytes
+    targets: bytes
+    keys: bytes
+    layouts: bytes
+    ttls_ms: bytes
 
 
 class ChunkRow(msgspec.Struct, frozen=True, array_like=True):
@@ -151,7 +167,9 @@ class Error(Message, frozen=True):
     message: str
 
 
-Reply: TypeAlias = Pong | Done | Reserved | Committed | Found | Acquired | Listed | Statistics | Error
+Reply: TypeAlias = (
+    Pong | Done | Reserved | Committed | Found | Acquired | Offered | Listed | Statistics | Error
+)
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True):

@@ -17,6 +17,7 @@ class Reserve(Message, frozen=True):
     """Grant extents to write: for those of `keys` that are not there yet, in order, or `count` without keys.
 
     size: bytes of one chunk. near: segment number to prefer (0: none). Fewer may be granted than asked.
+    patient: rather nothing now than what somebody is still copying before it goes (`Reserved.coming`).
     """
 
     layout: bytes
@@ -24,6 +25,7 @@ class Reserve(Message, frozen=True):
     keys: bytes = b""
     count: int = 0
     near: int = 0
+    patient: bool = False
 
 
 class Commit(Message, frozen=True):
@@ -81,6 +83,30 @@ class Release(Message, frozen=True):
 
     right: int
     handles: bytes = b""
+
+
+class Offers(Message, frozen=True):
+    """Ask for chunks to copy before they are evicted; the sender is told of further ones from now on.
+
+    below: chunks to write to lower tiers; else those to copy between segments, one of which is the sender's.
+    limit: 0 takes none and withdraws: no more are to be offered to this session.
+    """
+
+    below: bool
+    limit: int
+
+
+class Moved(Message, frozen=True):
+    """End one copy that request `right` gave out: its source is read no more, nor its target written.
+
+    source, target: packed HANDLE, one each; target empty: it was for the lower tiers. done: whether it is
+    there now, byte for byte.
+    """
+
+    right: int
+    source: bytes
+    target: bytes
+    done: bool
 
 
 class Touch(Message, frozen=True):
@@ -154,6 +180,8 @@ Request: TypeAlias = (
     | Contains
     | Acquire
     | Release
+    | Offers
+    | Moved
     | Touch
     | Remove
     | Clear

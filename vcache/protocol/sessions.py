@@ -21,7 +21,10 @@ class Hello(Message, frozen=True):
 
 
 class Attach(Message, frozen=True):
-    """Lend a segment to the pool; descriptor: its own description, with its memfd where it has one."""
+    """Lend a segment to the pool; descriptor: its own description, with its memfd where it has one.
+
+    numa: the NUMA node that it is on or near; -1: unknown.
+    """
 
     seq: int
     descriptor: bytes
@@ -31,6 +34,7 @@ class Attach(Message, frozen=True):
     size: int
     data_offset: int
     rank: int = 0
+    numa: int = -1
 
 
 class Detach(Message, frozen=True):
@@ -100,6 +104,10 @@ class Gone(Message, frozen=True):
     segment: int
 
 
+class Offering(Message, frozen=True):
+    """Notice: there are chunks for this session to copy; it asks for them with `Offers`."""
+
+
 class Refused(Message, frozen=True):
     """Answer to a session message that the server does not grant (seq 0: the connection itself)."""
 
@@ -113,4 +121,4 @@ class Ended(Message, frozen=True):
 
 
 FromClient: TypeAlias = Hello | Attach | Detach | Open | Unmapped | Bye
-FromServer: TypeAlias = Welcome | Attached | Detached | Opened | Gone | Refused | Ended
+FromServer: TypeAlias = Welcome | Attached | Detached | Opened | Gone | Offering | Refused | Ended

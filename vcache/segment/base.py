@@ -65,6 +65,8 @@ class SegmentMemory(ABC):
     """
 
     writable = True
+    numa: int | None = None
+    """The NUMA node that the memory is on or near, where this process, which allocated it, knows that."""
 
     def __init__(self, descriptor: SegmentDescriptor) -> None:
         self.size = descriptor.size
@@ -91,6 +93,13 @@ class SegmentMemory(ABC):
         if whole is None:
             whole = self._make_tensor()
         return whole[offset : offset + length]
+
+    def host_view(self, offset: int, length: int) -> memoryview | None:
+        """As `view`, without torch, where it is host memory; None where it is not."""
+        self._check_extent(offset, length)
+        with self._state:
+            self._check_there()
+            return self._host(offset, length)
 
     def peek(self, offset: int, length: int) -> bytes:
         """A copy of some bytes of the data, for probes: slow, and without torch. Raises as `view` does."""
@@ -207,6 +216,10 @@ class SegmentMemory(ABC):
     @abstractmethod
     def _whole(self) -> torch.Tensor:
         """A uint8 tensor over all of the memory."""
+
+    def _host(self, offset: int, length: int) -> memoryview | None:
+        """Some of the bytes, if the CPU may touch them; called while the memory is there."""
+        return None
 
     @abstractmethod
     def _copy_out(self, offset: int, length: int) -> bytes:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from vcache.errors import ArgumentError, RemoteProtocolError, SegmentError
 from vcache.limits import MIB, SEGMENT_ALIGN_BYTES
+from vcache.room import gpu_numa_node
 from vcache.segment import ipc, vmm
 from vcache.segment.base import MappedSegment, Segment
 from vcache.segment.cuda_errors import Way
@@ -111,6 +112,7 @@ class CudaSegment(Segment):
         except BaseException:
             made.close()
             raise
+        made.numa = gpu_numa_node(label)
         named = made.segment_id.hex(), size // MIB, ordinal, way.title
         _log.log(level, "allocated segment %s: %d MiB on cuda:%d, shared by %s", *named)
         return made

@@ -128,6 +128,10 @@ class SharedMapping:
         """Overwrite the 64-bit word at a multiple of 8, whole."""
         ctypes.c_uint64.from_address(self.address + offset).value = word
 
+    def view(self, offset: int, length: int) -> memoryview:
+        """Some bytes, writable, without torch; they do not keep it mapped."""
+        return memoryview((ctypes.c_uint8 * length).from_address(self.address + offset)).cast("B")
+
     def tensor(self) -> torch.Tensor:
         """All of it as a 1-D uint8 tensor that does not keep it mapped."""
         import torch

@@ -64,7 +64,9 @@ class ShmSegment(Segment):
         header = pack_header(size=size, incarnation=descriptor.incarnation, segment_id=descriptor.segment_id)
         mapping.write(0, header)
         _log.info("allocated segment %s: %d MiB on %s", descriptor.segment_id.hex(), size // MIB, device)
-        return cls(descriptor, fd, mapping)
+        made = cls(descriptor, fd, mapping)
+        made.numa = numa
+        return made
 
     def _fd(self) -> int:
         return self._file
@@ -74,6 +76,9 @@ class ShmSegment(Segment):
 
     def _read_incarnation(self) -> int:
         return self._mapping.read_word(INCARNATION_AT)
+
+    def _host(self, offset: int, length: int) -> memoryview:
+        return self._mapping.view(offset, length)
 
     def _copy_out(self, offset: int, length: int) -> bytes:
         return self._mapping.read(offset, length)
@@ -122,6 +127,9 @@ class MappedShmSegment(MappedSegment):
 
     def _read_incarnation(self) -> int:
         return self._mapping.read_word(INCARNATION_AT)
+
+    def _host(self, offset: int, length: int) -> memoryview:
+        return self._mapping.view(offset, length)
 
     def _copy_out(self, offset: int, length: int) -> bytes:
         return self._mapping.read(offset, length)

@@ -105,14 +105,18 @@ def read_header(raw: bytes) -> Header | Flaw:
     return Header(*fields)
 
 
-def flaw_of(header: Header, key: bytes, layout: bytes, chunk: Bytes) -> Flaw | None:
-    """What keeps `chunk`, read together with `header`, from being the chunk of `key`; None: it is that."""
+def flaw_in_header(header: Header, key: bytes, layout: bytes, length: int) -> Flaw | None:
+    """What keeps a record with this header from being the chunk of `key`, whatever its bytes are."""
     if header.key != key:
         return Flaw.KEY
     if header.layout != layout:
         return Flaw.LAYOUT
-    if header.length != len(chunk):
-        return Flaw.LENGTH
-    if header.checksum != xxhash.xxh3_64_intdigest(chunk):
+    return Flaw.LENGTH if header.length != length else None
+
+
+def flaw_of(header: Header, key: bytes, layout: bytes, chunk: Bytes) -> Flaw | None:
+    """What keeps `chunk`, read together with `header`, from being the chunk of `key`; None: it is that."""
+    flaw = flaw_in_header(header, key, layout, len(chunk))
+    if flaw is None and header.checksum != xxhash.xxh3_64_intdigest(chunk):
         return Flaw.CHUNK
-    return None
+    return flaw

@@ -57,8 +57,8 @@ class Subject:
             worker_id=0,
             local_worker_id=0,
             kv_dtype=torch.bfloat16,
-            kv_shape=(LAYERS, 2, CHUNK_TOKENS, HEADS, HEAD_SIZE),
-            chunk_size=CHUNK_TOKENS,
+            kv_shape=(LAYERS, 2, config.chunk_size, HEADS, HEAD_SIZE),
+            chunk_size=config.chunk_size,
             role="worker",
         )
         self._engine = LMCacheEngineBuilder.get_or_create(
@@ -87,6 +87,16 @@ class Subject:
     def retrieve(self) -> int:
         """Retrieve it; how many tokens were hit."""
         return int(self._engine.retrieve(self._tokens, req_id="r", **self._given).sum())
+
+    def load_from_disk(self) -> int:
+        """Have LocalDiskBackend read it, a chunk at a time, and copy it no further; how many tokens."""
+        disk, loaded = self._backends["LocalDiskBackend"], 0
+        for begin, end, key in self._engine.token_database.process_tokens(tokens=self._tokens):
+            memory = disk.get_blocking(key)
+            if memory is not None:
+                memory.ref_count_down()
+                loaded += end - begin
+        return loaded
 
     def lookup(self) -> int:
         """Look it up; how many tokens are there."""

@@ -1,50 +1,43 @@
-"""Chunk records in RocksDB: which there are, which must go for room or for age. One thread; no network.
+"""Which chunk records there are, and which must go for room or for age. One thread; no network.
 
-Records lie in blob files, under their keys; a small column family beside them has every record's header and
-last use, so that opening a database reads kilobytes and not what it holds. Both change in one batch. There is
-no write-ahead log, which would write every chunk twice: what was not flushed when the process was killed is
-lost, and a flush comes TIER_FLUSH_S after the first write that needs one. The clock is injected.
+Records are files of their own (`files.py`); RocksDB has the index: every record's header and last use, so
+that opening a database reads kilobytes and not what it holds. The index has a write-ahead log: what was
+written survives the kill of any process. A crash of the machine may cost what was put in the last second or
+so, before it was synchronised; such a record does not match its checksum, or is not there. An index that is
+lost is built anew from the files. The clock is injected.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import secrets
 import shutil
 import struct
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from rocksdict import (
-    DBCompressionType,
-    Options,
-    Rdict,
-    ReadOptions,
-    WriteBatch,
-    WriteOptions,
-)
+from rocksdict import Options, Rdict, WriteBatch, WriteOptions
 
-from vcache.limits import MIB, RECORD_HEADER_BYTES, TIER_DISK_MARGIN_BYTES, TIER_WRITE_BUFFER_BYTES
+from vcache.limits import MIB, RECORD_HEADER_BYTES, TIER_DISK_MARGIN_BYTES
 from vcache.logs import Line
 from vcache.tiers.record import Flaw, Header, has_expired, read_header
+from vcache.tiers.rocksdb import files
 
 _log = logging.getLogger(__name__)
 
-_INDEX: Final = "index"
 _USED: Final = struct.Struct("<Q")
-_FOLDER: Final = "db"
+_FOLDER: Final = "index"
 
 TIER_FLUSH_S: Final = 1.0
-"""How much later than a put its flush begins: so much a kill may cost, and small chunks share a file."""
+"""How much later than a put its file is synchronised: so much a crash of the machine may cost."""
 
 SWEEP_S: Final = 60.0
 """How often expired records are looked for; one that is asked for is noticed at once."""
-
-
-class Busy(Exception):
-    """The disk does not keep up: nothing was written, try again in a moment."""
 
 
 class Entry(NamedTuple):
@@ -53,6 +46,14 @@ class Entry(NamedTuple):
     header: Header
     size: int
     used_ms: int
+
+
+class Draft(NamedTuple):
+    """Room for a record that somebody writes to `path` now; ended by `commit` or `abandon`."""
+
+    key: bytes
+    size: int
+    path: str
 
 
 class Database:
@@ -73,22 +74,25 @@ class Database:
         self.ttl_s = ttl_s
         self.held_bytes = 0
         self.counters = dict.fromkeys(
-            ("hits", "misses", "puts", "evicted", "expired", "damaged", "busy", "full", "failed", "reopened"),
-            0,
+            ("uses", "puts", "evicted", "expired", "damaged", "full", "failed", "reopened"), 0
         )
         self._clock = clock
         self._disk = disk or _disk_room
+        self._directory = directory
         self._path = directory / _FOLDER
         self._entries: OrderedDict[bytes, Entry] = OrderedDict()
         self._used_since: set[bytes] = set()
-        self._unflushed_since_s: float | None = None
+        self._drafts: set[Draft] = set()
+        # Whoever was told a name by an earlier owner, and is slow, must not write into another's file.
+        self._life = secrets.token_hex(4)
+        self._draft_numbers = itertools.count(1)
+        self._unsynced: list[str] = []
+        self._unsynced_since_s = 0.0
+        self._syncing: threading.Thread | None = None
         self._swept_s = clock()
         self._is_broken = False
-        self._read_options = ReadOptions()
-        self._read_options.set_verify_checksums(False)  # readers compare the record's own
         self._write = WriteOptions()
-        self._write.disable_wal = True
-        self._write.no_slowdown = True  # a stall would hold the owner's loop, and readers with it
+        self._write.no_slowdown = True  # a stall would hold the owner's loop
         self._open()
 
     def __len__(self) -> int:
@@ -101,39 +105,15 @@ class Database:
         entry = self._entries.get(key)
         return entry is not None and not self._has_expired(entry)
 
-    def size_of(self, key: bytes) -> int:
-        """Bytes of the record, with its header; 0 if there is none."""
-        return self._entries[key].size if self.contains(key) else 0
-
-    def get(self, key: bytes, layout: bytes) -> tuple[bytes, int] | None:
-        """The record, and when it expires (ms since 1970; 0: never). One of another layout is deleted."""
-        entry = self._entries.get(key)
-        if entry is not None and self._has_expired(entry):
-            self._forget([key], "expired")
-            entry = None
-        if entry is not None and entry.header.layout != layout:
-            self._forget([key], "damaged")
-            entry = None
-        record = self._read(key) if entry is not None else None
-        if entry is None or record is None:
-            self.counters["misses"] += 1
-            return None
-        self._entries[key] = entry._replace(used_ms=self._now_ms())
-        self._entries.move_to_end(key)
-        self._used_since.add(key)
-        self.counters["hits"] += 1
-        return record, entry.header.expiry_ms(self.ttl_s)
-
-    def _read(self, key: bytes) -> bytes | None:
-        try:
-            record = self._db.get(key, read_opt=self._read_options)
-        except Exception as error:  # a file is damaged or gone: rocksdict raises nothing more particular
-            _log.warning(Line("a record cannot be read", error=str(error)))
-            record = None
-        if isinstance(record, bytes):
-            return record
-        self._forget([key], "damaged")
-        return None
+    def use(self, keys: Iterable[bytes]) -> None:
+        """Records were read, the last one most recently."""
+        for key in keys:
+            entry = self._entries.get(key)
+            if entry is not None:
+                self._entries[key] = entry._replace(used_ms=self._now_ms())
+                self._entries.move_to_end(key)
+                self._used_since.add(key)
+                self.counters["uses"] += 1
 
     def rows(self, after: bytes, limit: int) -> list[Entry]:
         """Up to `limit` records behind the key `after`, in the order of keys."""
@@ -142,31 +122,57 @@ class Database:
 
     # -- writing
 
-    def put(self, record: bytes) -> bool:
-        """Keep a record; whether it is here now. Raises Busy. What goes wrong on the disk is a False."""
-        header = read_header(record[:RECORD_HEADER_BYTES])
-        if isinstance(header, Flaw) or header.length + RECORD_HEADER_BYTES != len(record):
-            self.counters["failed"] += 1
-            return False
-        if self.contains(header.key):
+    def begin(self, key: bytes, length: int) -> Draft | bool:
+        """Make room for the record of a chunk of `length` bytes; True: it is here already. False: no room."""
+        if self.contains(key):
             return True
-        if len(record) > self.capacity_bytes or not self._writable(len(record)):
+        size = RECORD_HEADER_BYTES + length
+        if length <= 0 or size > self.capacity_bytes or not self._writable(size):
             return False
-        entry = Entry(header, len(record), self._now_ms())
-        self._forget(self._to_evict(header.key, len(record)), "evicted")
-        batch = WriteBatch(raw_mode=True)
-        batch.put(header.key, record)
-        batch.put(header.key, _packed(entry), self._index)
-        if not self._written(batch):
+        self._forget(self._to_evict(key, size), "evicted")
+        name = f"{self._life}-{next(self._draft_numbers)}"
+        draft = Draft(key, size, files.draft_path(self._directory, name))
+        self._drafts.add(draft)
+        return draft
+
+    def commit(self, draft: Draft) -> bool:
+        """The record is written; whether it is here now. What goes wrong on the disk is a False."""
+        self._drafts.discard(draft)
+        if self.contains(draft.key):  # somebody else was first
+            files.remove(draft.path)
+            return True
+        path = files.path_of(self._directory, draft.key)
+        try:
+            header = files.header_at(draft.path)
+            if isinstance(header, Flaw) or header.key != draft.key or _size(header) != draft.size:
+                raise ValueError(f"not the record of {draft.key.hex()}")
+            os.replace(draft.path, path)
+        except (OSError, ValueError) as error:
+            files.remove(draft.path)
+            self.counters["failed"] += 1
+            _log.warning(Line("a record was not kept", error=str(error)))
             return False
-        self._forget_entry(header.key)  # an expired one
-        self._entries[header.key] = entry
-        self.held_bytes += entry.size
+        entry = Entry(header, draft.size, self._now_ms())
+        if not self._indexed({draft.key: entry}):
+            files.remove(path)
+            return False
+        self._forget_entry(draft.key)  # an expired one
+        self._add(draft.key, entry)
         self.counters["puts"] += 1
+        if not self._unsynced:
+            self._unsynced_since_s = self._clock()
+        self._unsynced.append(path)
         return True
 
+    def abandon(self, draft: Draft, *, failed: bool = True) -> None:
+        """Nobody writes it any more, and it is not whole."""
+        self._drafts.discard(draft)
+        self.counters["failed"] += failed
+        files.remove(draft.path)
+
     def _to_evict(self, key: bytes, size: int) -> list[bytes]:
-        victims, room = [], self.capacity_bytes - self.held_bytes
+        victims = []
+        room = self.capacity_bytes - self.held_bytes - sum(draft.size for draft in self._drafts)
         for each, entry in self._entries.items():
             if room >= size:
                 break
@@ -175,25 +181,29 @@ class Database:
             room += entry.size
         return victims
 
-    def _written(self, batch: WriteBatch) -> bool:
+    def _indexed(self, entries: dict[bytes, Entry], gone: Iterable[bytes] = ()) -> bool:
+        """Note in the index what there is and what not; whether that worked."""
+        batch = WriteBatch(raw_mode=True)
+        for key, entry in entries.items():
+            batch.put(key, _packed(entry))
+        for key in gone:
+            batch.delete(key)
         try:
             self._db.write(batch, self._write)
         except Exception as error:  # rocksdict raises nothing more particular
-            if "stall" in str(error).lower() or "incomplete" in str(error).lower():
-                self.counters["busy"] += 1
-                raise Busy(str(error)) from error
-            self.counters["failed"] += 1
-            self._is_broken = True
-            _log.error(Line("the database refuses writes", error=str(error)))
+            self._fails("the index refuses writes", error)
             return False
-        if self._unflushed_since_s is None:
-            self._unflushed_since_s = self._clock()
         return True
 
+    def _fails(self, what: str, error: Exception) -> None:
+        self.counters["failed"] += 1
+        self._is_broken = True
+        _log.error(Line(what, error=str(error)))
+
     def _writable(self, size: int) -> bool:
-        """Whether the disk has room and the database takes writes; it is opened anew if it did not."""
-        free, total = self._disk(self._path)
-        unwritten = int(self._db.property_int_value("rocksdb.cur-size-all-mem-tables") or 0)
+        """Whether the disk has room and the index takes writes; it is opened anew if it did not."""
+        free, total = self._disk(self._directory)
+        unwritten = sum(draft.size for draft in self._drafts)
         if free < size + unwritten + min(TIER_DISK_MARGIN_BYTES, total // 16):
             self.counters["full"] += 1
             return False
@@ -207,31 +217,21 @@ class Database:
         """Forget records for good, also if this process is killed right after; how many there were."""
         here = [key for key in keys if key in self._entries]
         self._forget(here, None)
-        if here:
-            self.sync()
         return len(here)
 
     def clear(self) -> None:
-        """Forget all, and give the disk back at once."""
-        self._close()
-        shutil.rmtree(self._path, ignore_errors=True)
-        self._open()
+        """Forget all."""
+        self._forget(list(self._entries), None)
 
     def _forget(self, keys: list[bytes], why: str | None) -> None:
         if not keys:
             return
-        batch = WriteBatch(raw_mode=True)
         for key in keys:
-            batch.delete(key)
-            batch.delete(key, self._index)
-        for key in keys:
+            files.remove(files.path_of(self._directory, key))
             self._forget_entry(key)
         if why is not None:
             self.counters[why] += len(keys)
-        try:
-            self._written(batch)
-        except Busy:  # they come back when the database is opened again: a miss either way, or a hit
-            _log.debug(Line("deletions were put off", keys=len(keys)))
+        self._indexed({}, keys)  # an entry that stays is found to have no file
 
     def _forget_entry(self, key: bytes) -> None:
         entry = self._entries.pop(key, None)
@@ -239,17 +239,24 @@ class Database:
             self.held_bytes -= entry.size
             self._used_since.discard(key)
 
+    def _add(self, key: bytes, entry: Entry) -> None:
+        self._entries[key] = entry
+        self.held_bytes += entry.size
+
     # -- time
 
     def tick(self) -> None:
-        """Do what is due: flush, forget what has expired, keep within the capacity."""
+        """Do what is due: synchronise, forget what has expired, keep within the capacity."""
         now_s = self._clock()
         if not 0 <= now_s - self._swept_s < SWEEP_S:
             self._swept_s = now_s
             self.sweep()
         self._forget(self._to_evict(b"", 0), "evicted")
-        if self._unflushed_since_s is not None and not 0 <= now_s - self._unflushed_since_s < TIER_FLUSH_S:
-            self._flush(wait=False)
+        is_due = self._unsynced and not 0 <= now_s - self._unsynced_since_s < TIER_FLUSH_S
+        if is_due and (self._syncing is None or not self._syncing.is_alive()):
+            paths, self._unsynced = self._unsynced, []
+            self._syncing = threading.Thread(target=self._sync_files, args=(paths,), name="sync", daemon=True)
+            self._syncing.start()
 
     def sweep(self) -> None:
         """Forget all that has expired, and note what was used lately."""
@@ -259,32 +266,30 @@ class Database:
     def sync(self) -> bool:
         """Have everything on the disk; whether it is."""
         self._note_uses()
-        return self._flush(wait=True)
+        if self._syncing is not None:
+            self._syncing.join()
+        paths, self._unsynced = self._unsynced, []
+        if not self._sync_files(paths):
+            return False
+        try:
+            self._db.flush_wal(True)
+        except Exception as error:  # rocksdict raises nothing more particular
+            self._fails("the index cannot be written to the disk", error)
+            return False
+        return True
+
+    def _sync_files(self, paths: list[str]) -> bool:
+        try:
+            files.sync(paths)
+        except OSError as error:
+            self._fails("records cannot be written to the disk", error)
+            return False
+        return True
 
     def _note_uses(self) -> None:
-        if not self._used_since:
-            return
-        batch = WriteBatch(raw_mode=True)
-        for key in self._used_since:
-            batch.put(key, _packed(self._entries[key]), self._index)
-        self._used_since.clear()
-        try:
-            self._written(batch)
-        except Busy:
-            _log.debug(Line("last uses were not noted"))
-
-    def _flush(self, *, wait: bool) -> bool:
-        try:
-            # The index first: an entry without its record is a miss, a record without its entry is lost room.
-            self._db.get_column_family(_INDEX).flush(wait)
-            self._db.flush(wait)
-        except Exception as error:  # rocksdict raises nothing more particular
-            self.counters["failed"] += 1
-            self._is_broken = True
-            _log.error(Line("the database cannot write a file", error=str(error)))
-            return False
-        self._unflushed_since_s = None
-        return True
+        if self._used_since:
+            self._indexed({key: self._entries[key] for key in self._used_since})
+            self._used_since.clear()
 
     # -- open and close
 
@@ -294,11 +299,10 @@ class Database:
         self._close()
 
     def _close(self) -> None:
-        self._index = None
         try:
             self._db.close()
-        except Exception as error:  # what it could not write is lost, which is a miss
-            _log.warning(Line("the database did not close in order", error=str(error)))
+        except Exception as error:  # what it could not write is found in the files
+            _log.warning(Line("the index did not close in order", error=str(error)))
 
     def _reopen(self) -> None:
         self.counters["reopened"] += 1
@@ -308,69 +312,67 @@ class Database:
             self._open()
         except Exception as error:
             self._is_broken = True
-            _log.error(Line("the database cannot be opened", error=str(error)))
+            _log.error(Line("the index cannot be opened", error=str(error)))
 
     def _open(self) -> None:
+        writing = {draft.path for draft in self._drafts}
+        if not writing:
+            files.prepare(self._directory)
         options = self._options()
         try:
             self._db = self._opened(options)
         except Exception as error:
             if not _is_damage(error):
                 raise
-            _log.error(Line("the database is damaged; it begins empty", error=str(error)))
+            _log.error(Line("the index is damaged; it is built anew", error=str(error)))
             shutil.rmtree(self._path, ignore_errors=True)
             self._db = self._opened(options)
-        self._index = self._db.get_column_family_handle(_INDEX)
         self._read_index()
 
     def _opened(self, options: Options) -> Rdict:
         self._path.mkdir(mode=0o700, exist_ok=True)
-        return Rdict(str(self._path), options, {_INDEX: options})
+        return Rdict(str(self._path), options)
 
     def _options(self) -> Options:
         options = Options(raw_mode=True)
         options.create_if_missing(True)
-        options.create_missing_column_families(True)
-        options.set_atomic_flush(True)  # without a log, so that a record and its index entry come together
-        options.set_enable_blob_files(True)
-        options.set_min_blob_size(4096)
-        options.set_blob_compression_type(DBCompressionType.none())  # KV does not compress
-        options.set_compression_type(DBCompressionType.none())
-        options.set_enable_blob_gc(True)
-        options.set_blob_gc_age_cutoff(0.5)
-        buffer = max(min(TIER_WRITE_BUFFER_BYTES, self.capacity_bytes // 8), MIB)
-        options.set_write_buffer_size(buffer)
-        options.set_blob_file_size(buffer)
-        options.set_max_write_buffer_number(3)
+        options.set_write_buffer_size(4 * MIB)
         options.set_max_background_jobs(2)
-        # Tables hold keys only: merging them is cheap, and it is what lets blob files go.
-        options.set_level_zero_file_num_compaction_trigger(2)
         options.set_keep_log_file_num(2)
         options.set_max_log_file_size(MIB)
-        options.set_bytes_per_sync(8 * MIB)
-        options.set_max_open_files(256)
+        options.set_max_open_files(64)
         return options
 
     def _read_index(self) -> None:
+        """Believe the files: entries without one are forgotten, files without an entry are looked into."""
         self._entries.clear()
         self._used_since.clear()
-        self._unflushed_since_s = None
         self.held_bytes = 0
-        found: list[tuple[bytes, Entry]] = []
-        useless: list[bytes] = []
-        for key, value in self._raw_index():
-            entry = _unpacked(key, value)
-            if entry is None or self._has_expired(entry):
-                useless.append(key)
-            else:
-                found.append((key, entry))
-        self._entries.update(sorted(found, key=lambda each: each[1].used_ms))
-        self.held_bytes = sum(entry.size for _, entry in found)
-        self._forget(useless, "damaged")
+        indexed = dict(self._raw_index())
+        found: dict[bytes, Entry] = {}
+        missing: dict[bytes, Entry] = {}
+        useless: list[str] = []
+        for key, path, size in files.there(self._directory):
+            known = _unpacked(key, indexed.pop(key, b""))
+            entry = known or _from_file(key, path)
+            if entry is None or entry.size != size or self._has_expired(entry):
+                useless.append(path)
+                indexed[key] = b""
+                continue
+            found[key] = entry
+            if known is None:
+                missing[key] = entry
+        for path in useless:
+            files.remove(path)
+        self.counters["damaged"] += len(indexed)
+        for key in sorted(found, key=lambda each: found[each].used_ms):
+            self._add(key, found[key])
+        if missing or indexed:
+            self._indexed(missing, indexed)
 
     def _raw_index(self) -> Iterator[tuple[bytes, bytes]]:
-        # Damage that shows while we read ends the reading: what was read counts, the rest is lost.
-        rows = self._db.get_column_family(_INDEX).items()
+        # Damage that shows while we read ends the reading: what was read counts, the rest is in the files.
+        rows = self._db.items()
         while True:
             try:
                 key, value = next(rows)
@@ -388,6 +390,10 @@ class Database:
         return int(self._clock() * 1000)
 
 
+def _size(header: Header) -> int:
+    return RECORD_HEADER_BYTES + header.length
+
+
 def _packed(entry: Entry) -> bytes:
     return entry.header.pack() + _USED.pack(entry.used_ms)
 
@@ -397,7 +403,18 @@ def _unpacked(key: bytes, value: bytes) -> Entry | None:
     if isinstance(header, Flaw) or header.key != key or len(value) != RECORD_HEADER_BYTES + _USED.size:
         return None
     (used_ms,) = _USED.unpack_from(value, RECORD_HEADER_BYTES)
-    return Entry(header, header.length + RECORD_HEADER_BYTES, used_ms)
+    return Entry(header, _size(header), used_ms)
+
+
+def _from_file(key: bytes, path: str) -> Entry | None:
+    """The entry of a file that the index does not know, as if it was used when it was made."""
+    try:
+        header = files.header_at(path)
+    except OSError:
+        return None
+    if isinstance(header, Flaw) or header.key != key:
+        return None
+    return Entry(header, _size(header), header.created_ms)
 
 
 def _disk_room(path: Path) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """What engines and the owner of a database say to each other, one message a packet.
 
-Keys and records do not travel: they lie in the staging memory of the connection, one request at a time.
+Keys do not travel: they lie in the staging memory of the connection, one request at a time. Nor do records:
+engines read and write the files themselves.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 """Changes with any message; an owner of another protocol is waited for until it ends."""
 
 
@@ -28,17 +29,23 @@ class Contains(msgspec.Struct, tag="contains", frozen=True, forbid_unknown_field
     count: int
 
 
-class Get(msgspec.Struct, tag="get", frozen=True, forbid_unknown_fields=True):
-    """The record comes to the staging memory. limit: its bytes at most; 0: whatever fits there."""
+class Used(msgspec.Struct, tag="used", frozen=True, forbid_unknown_fields=True):
+    """Records that were read, in this order. Not answered."""
 
-    key: bytes
-    layout: bytes
+    keys: list[bytes]
 
 
 class Put(msgspec.Struct, tag="put", frozen=True, forbid_unknown_fields=True):
-    """A record of `size` bytes is staged."""
+    """A chunk of `length` bytes is to be kept; answered with `Write`, or `Done`: 1 if it is here already."""
 
-    size: int
+    key: bytes
+    length: int
+
+
+class Written(msgspec.Struct, tag="written", frozen=True, forbid_unknown_fields=True):
+    """The record is written, or could not be (done is False); answered with `Done`: 1 if it is here now."""
+
+    done: bool
 
 
 class Remove(msgspec.Struct, tag="remove", frozen=True, forbid_unknown_fields=True):
@@ -72,15 +79,10 @@ class Done(msgspec.Struct, tag="done", frozen=True, forbid_unknown_fields=True):
     count: int
 
 
-class Got(msgspec.Struct, tag="got", frozen=True, forbid_unknown_fields=True):
-    """A record of `size` bytes is staged; 0: there is none. `size` may exceed the staging: then it is not."""
+class Write(msgspec.Struct, tag="write", frozen=True, forbid_unknown_fields=True):
+    """Write the record to this file, and say `Written`."""
 
-    size: int
-    expires_ms: int
-
-
-class TryAgain(msgspec.Struct, tag="again", frozen=True):
-    """The disk does not keep up."""
+    path: str
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True, forbid_unknown_fields=True):
@@ -118,5 +120,5 @@ class State(msgspec.Struct, tag="state", frozen=True, forbid_unknown_fields=True
     counters: dict[str, int]
 
 
-Request = Hello | Contains | Get | Put | Remove | Clear | Sync | Rows | Status
-Reply = Done | Got | TryAgain | Refused | Listing | State
+Request = Hello | Contains | Used | Put | Written | Remove | Clear | Sync | Rows | Status
+Reply = Done | Write | Refused | Listing | State

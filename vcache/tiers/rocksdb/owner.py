@@ -1,8 +1,8 @@
 """The process that owns one database: `python -m vcache.tiers.rocksdb.owner DIRECTORY …`.
 
-Native calls of rocksdict hold the GIL for as long as they last, a hundred milliseconds for a large chunk from
-a disk. So they are made here and not in an engine. One thread serves all connections; it ends by itself when
-nobody has been connected for TIER_OWNER_IDLE_S.
+RocksDB can be open in one process only. So this one has it, and says what is written and what goes; engines
+read and write the records' files themselves. One thread serves all connections; it ends by itself when nobody
+has been connected for TIER_OWNER_IDLE_S.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import msgspec
 from vcache import logs
 from vcache.errors import RemoteProtocolError
 from vcache.limits import (
-    FINGERPRINT_BYTES,
     KEY_BYTES,
     TIER_LIST_MAX,
     TIER_OWNER_IDLE_S,
@@ -31,14 +30,12 @@ from vcache.limits import (
 )
 from vcache.locks import OwnerLock
 from vcache.logs import Line
-from vcache.tiers.rocksdb.database import Busy, Database, Entry
+from vcache.tiers.rocksdb.database import Database, Draft, Entry
 from vcache.tiers.rocksdb.messages import (
     PROTOCOL,
     Clear,
     Contains,
     Done,
-    Get,
-    Got,
     Hello,
     Listing,
     Put,
@@ -51,7 +48,9 @@ from vcache.tiers.rocksdb.messages import (
     State,
     Status,
     Sync,
-    TryAgain,
+    Used,
+    Write,
+    Written,
 )
 from vcache.tiers.rocksdb.staging import Staging, mapped
 
@@ -72,6 +71,7 @@ class _Connection:
     def __init__(self, peer: socket.socket) -> None:
         self.peer = peer
         self.staging: Staging | None = None
+        self.draft: Draft | None = None
 
     def close(self) -> None:
         self.peer.close()
@@ -128,6 +128,8 @@ class Owner:
     def _drop(self, connection: _Connection) -> None:
         self._selector.unregister(connection.peer)
         self._connections.discard(connection)
+        if connection.draft is not None:
+            self._database.abandon(connection.draft)
         connection.close()
 
     def _serve(self, connection: _Connection) -> None:
@@ -138,12 +140,13 @@ class Owner:
                 self._drop(connection)
                 return
             reply = self._answer(connection, packet, fds)
-            connection.peer.send(msgspec.msgpack.encode(reply))
+            if reply is not None:
+                connection.peer.send(msgspec.msgpack.encode(reply))
         except (OSError, RemoteProtocolError, msgspec.MsgspecError) as error:
             _log.warning(Line("a connection is dropped", reason=str(error)))
             self._drop(connection)
 
-    def _answer(self, connection: _Connection, packet: bytes, fds: list[int]) -> Reply:
+    def _answer(self, connection: _Connection, packet: bytes, fds: list[int]) -> Reply | None:
         try:
             request = _decoder.decode(packet)
             if isinstance(request, Hello):
@@ -153,6 +156,13 @@ class Owner:
                 os.close(fd)
         if connection.staging is None:
             raise RemoteProtocolError("a request before Hello")
+        if isinstance(request, Used):
+            self._database.use(request.keys)
+            return None
+        if isinstance(request, Put):
+            return self._put(connection, request)
+        if isinstance(request, Written):
+            return self._written(connection, request)
         return self._handle(request, connection.staging)
 
     def _welcome(self, connection: _Connection, hello: Hello, fds: list[int]) -> Reply:
@@ -171,15 +181,6 @@ class Owner:
             keys = _keys(staging, request.count)
             staging.view[: len(keys)] = bytes(map(database.contains, keys))
             return Done(len(keys))
-        if isinstance(request, Get):
-            return self._get(request, staging)
-        if isinstance(request, Put):
-            if not 0 < request.size <= staging.size:
-                raise RemoteProtocolError(f"put of {request.size} bytes from a staging of {staging.size}")
-            try:
-                return Done(int(database.put(bytes(staging.view[: request.size]))))
-            except Busy:
-                return TryAgain()
         if isinstance(request, Remove):
             return Done(database.remove(_keys(staging, request.count)))
         if isinstance(request, Clear):
@@ -194,18 +195,23 @@ class Owner:
         assert isinstance(request, Status)
         return self._state()
 
-    def _get(self, request: Get, staging: Staging) -> Reply:
-        if len(request.key) != KEY_BYTES or len(request.layout) != FINGERPRINT_BYTES:
-            raise RemoteProtocolError("get: a key or a fingerprint of a wrong length")
-        size = self._database.size_of(request.key)
-        if size > staging.size:
-            return Got(size, 0)
-        found = self._database.get(request.key, request.layout)
-        if found is None or len(found[0]) > staging.size:
-            return Got(0, 0)
-        record, expires_ms = found
-        staging.view[: len(record)] = record
-        return Got(len(record), expires_ms)
+    def _put(self, connection: _Connection, request: Put) -> Reply:
+        if len(request.key) != KEY_BYTES or connection.draft is not None:
+            raise RemoteProtocolError("put: a key of a wrong length, or two at once")
+        draft = self._database.begin(request.key, request.length)
+        if isinstance(draft, bool):
+            return Done(int(draft))
+        connection.draft = draft
+        return Write(draft.path)
+
+    def _written(self, connection: _Connection, request: Written) -> Reply:
+        draft, connection.draft = connection.draft, None
+        if draft is None:
+            raise RemoteProtocolError("written: nothing was to be written")
+        if not request.done:
+            self._database.abandon(draft)
+            return Done(0)
+        return Done(int(self._database.commit(draft)))
 
     def _state(self) -> State:
         database = self._database

@@ -8,9 +8,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
@@ -19,24 +19,22 @@ from vcache.limits import (
     KEY_BYTES,
     KEYS_PER_REQUEST_MAX,
     MIB,
-    RECORD_HEADER_BYTES,
     TIER_CONNECTIONS_MAX,
     TIER_LIST_MAX,
     TIER_OWNER_START_S,
     TIER_OWNER_TRY_INTERVAL_S,
     TIER_PACKET_BYTES_MAX,
+    TIER_USES_MAX,
 )
 from vcache.logs import Line
 from vcache.tiers.base import Found
-from vcache.tiers.record import Flaw, flaw_of, has_expired, header_for, read_header
-from vcache.tiers.rocksdb import staging
+from vcache.tiers.record import Flaw, Header, has_expired
+from vcache.tiers.rocksdb import files, staging
 from vcache.tiers.rocksdb.messages import (
     PROTOCOL,
     Clear,
     Contains,
     Done,
-    Get,
-    Got,
     Hello,
     Listing,
     Put,
@@ -49,7 +47,9 @@ from vcache.tiers.rocksdb.messages import (
     State,
     Status,
     Sync,
-    TryAgain,
+    Used,
+    Write,
+    Written,
 )
 from vcache.tiers.rocksdb.owner import SOCKET
 from vcache.tiers.rocksdb.spawn import private_directory, start_owner
@@ -59,11 +59,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_STAGING_MIN: Final = KEYS_PER_REQUEST_MAX * KEY_BYTES + MIB
-"""All keys of one request fit, and any small chunk: a link for keys mostly does for chunks too."""
+_STAGING: Final = KEYS_PER_REQUEST_MAX * KEY_BYTES
+"""All keys of one request."""
 
 _AGAIN_S: Final = 0.01
-"""How long a put waits when the disk does not keep up: a write of some megabytes."""
+"""How long to wait before an owner that is starting is tried again."""
 
 _decoder: Final = msgspec.msgpack.Decoder(Reply)
 
@@ -101,6 +101,11 @@ class _Link:
         self._socket.send(msgspec.msgpack.encode(request))
         return self._receive()
 
+    def tell(self, request: Request) -> None:
+        """Say something that is not answered; an owner that does not read hears nothing of it."""
+        with suppress(BlockingIOError):
+            self._socket.send(msgspec.msgpack.encode(request), socket.MSG_DONTWAIT)
+
     def _receive(self) -> Reply:
         packet = self._socket.recv(TIER_PACKET_BYTES_MAX)
         if not packet:
@@ -123,12 +128,14 @@ class _Link:
 
 
 class RocksTier:
-    """Chunks on a local SSD, in the database of `directory`. Thread-safe; a call returns by its deadline.
+    """Chunks on a local SSD, as files of `directory`, with a database that is their index. Thread-safe.
 
-    The database belongs to a process of its own, started by whoever needs it first; every engine that names
-    the directory shares it, and the newest engine's settings count. capacity_bytes: of all records; the least
-    recently used go first. ttl_s: age at which a record expires, also one of before; 0: none. deadline_s: of
-    one call. clock: seconds since 1970. own_settings: False leaves the owner's settings as they are.
+    What is asked of the owner is answered by the deadline; a file is read and written for as long as the disk
+    takes. The database belongs to a process of its own, started by whoever needs it first; every engine that
+    names the directory shares it, and the newest engine's settings count. capacity_bytes: of all records; the
+    least recently used go first. ttl_s: age at which a record expires, also one of before; 0: none.
+    deadline_s: of one call. clock: seconds since 1970. own_settings: False leaves those of the owner
+    as they are.
 
     Raises ConfigError for a directory that is not private, ArgumentError.
     """
@@ -156,6 +163,7 @@ class RocksTier:
         self._deadline_s = deadline_s
         self._clock = clock
         self._idle: list[_Link] = []
+        self._used: list[bytes] = []
         self._guard = threading.Lock()
         self._is_closed = False
         self._tried_s = -TIER_OWNER_TRY_INTERVAL_S
@@ -177,48 +185,43 @@ class RocksTier:
 
     def get(self, key: bytes, into: torch.Tensor, layout: bytes) -> Found | None:
         """Fill `into` with the chunk of `key`; a record that is not exactly that is deleted."""
-        with self._linked(RECORD_HEADER_BYTES + into.numel()) as (link, deadline_s):
-            got = link.expect(link.ask(Get(key, layout), deadline_s), Got)
-            if not got.size:
-                return None
-            flaw = self._read(link.staging.view, got.size, key, into, layout)
-            if flaw is None:
-                return (
-                    None if has_expired(got.expires_ms, int(self._clock() * 1000)) else Found(got.expires_ms)
-                )
-            _log.warning(Line("a record is deleted", tier=self.name, key=key.hex(), flaw=flaw.value))
-            _stage(link, [key])
-            link.expect(link.ask(Remove(1), deadline_s), Done)
-        return None
-
-    def _read(
-        self, staged: memoryview, size: int, key: bytes, into: torch.Tensor, layout: bytes
-    ) -> Flaw | None:
-        """Copy a staged record's chunk; what is wrong with it."""
-        if size != RECORD_HEADER_BYTES + into.numel():
-            return Flaw.LENGTH
-        header = read_header(bytes(staged[:RECORD_HEADER_BYTES]))
+        target = files.view_of(into)
+        header = files.read(files.path_of(self._directory, key), key, layout, target)
+        if header is None:
+            return None
         if isinstance(header, Flaw):
-            return header
-        target = into.numpy()
-        target[:] = _array(staged, RECORD_HEADER_BYTES, size)
-        return flaw_of(header, key, layout, target)  # of what we have now, not of what is still shared
+            _log.warning(Line("a record is deleted", tier=self.name, key=key.hex(), flaw=header.value))
+            self.remove([key])
+            return None
+        expires_ms = header.expiry_ms(self._ttl_s)
+        if has_expired(expires_ms, int(self._clock() * 1000)):
+            return None
+        with self._guard:
+            if len(self._used) < TIER_USES_MAX:
+                self._used.append(key)
+        return Found(expires_ms)
 
     def put(self, key: bytes, chunk: torch.Tensor, layout: bytes, expires_ms: int = 0) -> bool:
-        """Keep a copy of `chunk`, or not: room decides. A disk that is busy is waited for."""
-        source = chunk.numpy()
-        size = RECORD_HEADER_BYTES + len(source)
-        with self._linked(size) as (link, deadline_s):
-            header = header_for(key, layout, source, int(self._clock() * 1000), expires_ms)
-            link.staging.view[:RECORD_HEADER_BYTES] = header.pack()
-            _array(link.staging.view, RECORD_HEADER_BYTES, size)[:] = source
-            while True:
-                reply = link.ask(Put(size), deadline_s)
-                if not isinstance(reply, TryAgain):
-                    return bool(link.expect(reply, Done).count)
-                if time.monotonic() + _AGAIN_S > deadline_s:
-                    raise Unavailable("the disk does not keep up")
-                self._never.wait(_AGAIN_S)
+        """Keep a copy of `chunk`, or not: room decides."""
+        source = files.view_of(chunk)
+        header = Header(layout, key, len(source), int(self._clock() * 1000), expires_ms, 0)
+        with self._linked() as (link, deadline_s):
+            reply = link.ask(Put(key, len(source)), deadline_s)
+            if not isinstance(reply, Write):
+                return bool(link.expect(reply, Done).count)
+            done = self._written(reply.path, header, source)
+            # However long that took: the owner is still there for it.
+            return bool(link.expect(link.ask(Written(done), time.monotonic() + self._deadline_s), Done).count)
+
+    def _written(self, path: str, header: Header, source: memoryview) -> bool:
+        if not path.startswith(f"{self._directory}/{files.FOLDER}/"):
+            raise RemoteProtocolError(f"put: told to write {path}, which is not in the tier's directory")
+        try:
+            files.write(path, header, source)
+        except OSError as error:
+            _log.warning(Line("a record cannot be written", tier=self.name, error=str(error)))
+            return False
+        return True
 
     def remove(self, keys: Sequence[bytes]) -> int:
         """Forget these chunks; how many there were."""
@@ -274,11 +277,15 @@ class RocksTier:
     # -- links
 
     @contextmanager
-    def _linked(self, size: int = 0) -> Iterator[tuple[_Link, float]]:
-        """A link with that much staging, and the deadline. A link on which something went wrong is closed."""
+    def _linked(self) -> Iterator[tuple[_Link, float]]:
+        """A link, and the deadline. A link on which something went wrong is closed."""
         deadline_s = time.monotonic() + self._deadline_s
-        link = self._take(size, deadline_s)
+        link = self._take(deadline_s)
         try:
+            with self._guard:
+                used, self._used = self._used, []
+            if used:
+                link.tell(Used(used))
             yield link, deadline_s
         except BaseException as error:
             link.close()
@@ -291,15 +298,13 @@ class RocksTier:
                 return
         link.close()
 
-    def _take(self, size: int, deadline_s: float) -> _Link:
+    def _take(self, deadline_s: float) -> _Link:
         with self._guard:
             if self._is_closed:
                 raise EngineClosed(f"tier {self.name!r} is closed")
-            fitting = [link for link in self._idle if link.staging.size >= size]
-            if fitting:
-                self._idle.remove(fitting[-1])
-                return fitting[-1]
-        hello = Hello(PROTOCOL, max(size, _STAGING_MIN), self._told_bytes, self._ttl_s)
+            if self._idle:
+                return self._idle.pop()
+        hello = Hello(PROTOCOL, _STAGING, self._told_bytes, self._ttl_s)
         while True:
             try:
                 return _Link(self._directory, hello, max(deadline_s - time.monotonic(), 1e-3))
@@ -333,9 +338,3 @@ class RocksTier:
 def _stage(link: _Link, keys: Sequence[bytes]) -> None:
     packed = b"".join(keys)
     link.staging.view[: len(packed)] = packed
-
-
-def _array(staged: memoryview, begin: int, end: int) -> Any:
-    import numpy as np
-
-    return np.frombuffer(staged[begin:end], np.uint8)

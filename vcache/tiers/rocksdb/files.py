@@ -1,0 +1,151 @@
+"""Chunk records as files: where they lie, how one is written and read. Engines and the owner both come here.
+
+    chunks/ab/ab12…   the record of the chunk key ab12…, 64 hexadecimal digits
+    chunks/new/…      one that is being written; renamed when it is whole
+
+An engine copies straight between the file and the memory of the chunk, and computes the checksum piece by
+piece while the piece is in the processor's cache.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import xxhash
+
+from vcache.limits import KEY_BYTES, RECORD_HEADER_BYTES, TIER_PIECE_BYTES
+from vcache.tiers.record import Flaw, Header, flaw_in_header, read_header
+
+FOLDER: Final = "chunks"
+_NEW: Final = "new"
+
+
+def path_of(directory: Path, key: bytes) -> str:
+    """Where the record of a key lies."""
+    name = key.hex()
+    return f"{directory}/{FOLDER}/{name[:2]}/{name}"
+
+
+def draft_path(directory: Path, name: str) -> str:
+    """Where a record lies while it is written; no name is used twice."""
+    return f"{directory}/{FOLDER}/{_NEW}/{name}"
+
+
+def write(path: str, header: Header, chunk: memoryview) -> None:
+    """Write a record, whose checksum is computed here. Raises OSError, as when the disk is full."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        checksum = xxhash.xxh3_64()
+        for at in range(0, len(chunk), TIER_PIECE_BYTES):
+            piece = chunk[at : at + TIER_PIECE_BYTES]
+            checksum.update(piece)
+            _write_all(fd, piece, RECORD_HEADER_BYTES + at)
+        _write_all(fd, memoryview(header._replace(checksum=checksum.intdigest()).pack()), 0)
+    finally:
+        os.close(fd)
+
+
+def _write_all(fd: int, piece: memoryview, offset: int) -> None:
+    while piece:
+        written = os.pwrite(fd, piece, offset)
+        piece, offset = piece[written:], offset + written
+
+
+def read(path: str, key: bytes, layout: bytes, into: memoryview) -> Header | Flaw | None:
+    """Fill `into` with the chunk of `key`; its header, or what is wrong with the record; None: there is none.
+
+    What `into` holds unless the answer is a header is undefined. Raises OSError.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        raw = bytearray(RECORD_HEADER_BYTES)
+        first = into[:TIER_PIECE_BYTES]
+        got = os.preadv(fd, [raw, first], 0)
+        header = read_header(bytes(raw[:got]))
+        if isinstance(header, Flaw):
+            return header
+        flaw = flaw_in_header(header, key, layout, len(into))
+        if flaw is not None:
+            return flaw
+        return header if _checksum(fd, into, got - RECORD_HEADER_BYTES) == header.checksum else Flaw.CHUNK
+    finally:
+        os.close(fd)
+
+
+def _checksum(fd: int, into: memoryview, got: int) -> int | None:
+    """Read what is missing behind `got` bytes of a chunk; the XXH3 of all of it, None if the file ends."""
+    checksum = xxhash.xxh3_64(into[:got])
+    while got < len(into):
+        count = os.preadv(fd, [into[got : got + TIER_PIECE_BYTES]], RECORD_HEADER_BYTES + got)
+        if not count:
+            return None
+        checksum.update(into[got : got + count])
+        got += count
+    return int(checksum.intdigest())
+
+
+def header_at(path: str) -> Header | Flaw:
+    """The header of a record, if the file is as long as it says. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        header = read_header(os.pread(fd, RECORD_HEADER_BYTES, 0))
+        if isinstance(header, Header) and os.fstat(fd).st_size != RECORD_HEADER_BYTES + header.length:
+            return Flaw.LENGTH
+        return header
+    finally:
+        os.close(fd)
+
+
+def prepare(directory: Path) -> None:
+    """Make the folders, and remove what was being written when somebody was killed."""
+    for name in (_NEW, *(f"{first:02x}" for first in range(256))):
+        (directory / FOLDER / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in (directory / FOLDER / _NEW).iterdir():
+        path.unlink(missing_ok=True)
+
+
+def there(directory: Path) -> Iterator[tuple[bytes, str, int]]:
+    """Every whole file: key, path, bytes. What has no key's name is removed."""
+    for first in range(256):
+        with os.scandir(directory / FOLDER / f"{first:02x}") as entries:
+            for entry in entries:
+                try:
+                    key = bytes.fromhex(entry.name)
+                except ValueError:
+                    key = b""
+                if len(key) == KEY_BYTES and key[0] == first:
+                    yield key, entry.path, entry.stat().st_size
+                else:
+                    os.unlink(entry.path)
+
+
+def remove(path: str) -> None:
+    """Remove a file; none there is fine, and one that cannot be removed is found when it is opened anew."""
+    try:
+        os.unlink(path)
+    except OSError:
+        return
+
+
+def sync(paths: list[str]) -> None:
+    """Have files on the disk, and their names; those that are gone by now do not matter. Raises OSError."""
+    for path in (*paths, *sorted({os.path.dirname(path) for path in paths})):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def view_of(tensor: Any) -> memoryview:
+    """A contiguous uint8 tensor in host memory, as bytes."""
+    return memoryview(tensor.numpy()).cast("B")
