@@ -15,14 +15,14 @@ HIT = 20 * BLOCK
 
 
 @pytest.fixture(scope="module")
-def engine(machine: Machine, model: Callable[..., Path]) -> Iterator[Callable[[str], EngineProcess]]:
-    """Start an engine with a local tier, in a pool of its own."""
+def engine(machine: Machine, model: Callable[..., Path]) -> Iterator[Callable[[str, str], EngineProcess]]:
+    """Start an engine with a local tier, in a pool of its own of some size; its name is its policy."""
 
-    def start(name: str) -> EngineProcess:
+    def start(policy: str, size: str) -> EngineProcess:
         machine.start_server()
-        machine.start_holder("16MiB")
+        machine.start_holder(size)
         tiers = {"tiers.order": "rocksdb", "tiers.rocksdb.directory": str(machine.folder / "disk")}
-        return machine.engine(model(), name=name, extra=tiers)
+        return machine.engine(model(), name=policy, extra={**tiers, "tiers.policy": policy})
 
     yield start
     machine.kill_server()
@@ -34,9 +34,9 @@ def keeps(engine: EngineProcess, chunks: int) -> None:
 
 
 def test_what_the_pool_forgot_and_what_an_engine_left_is_loaded_from_below(
-    machine: Machine, engine: Callable[[str], EngineProcess]
+    machine: Machine, engine: Callable[[str, str], EngineProcess]
 ) -> None:
-    first = engine("first")
+    first = engine("write-through", "16MiB")
     asked = prompt(1, TOKENS)
     first.ask(asked, max_tokens=4)
     reference = first.ask(asked, max_tokens=4)  # a hit of vLLM's own
@@ -62,20 +62,25 @@ def test_what_the_pool_forgot_and_what_an_engine_left_is_loaded_from_below(
     for holder in machine.holders:
         holder.kill()
         holder.wait(30)
-    second = engine("second")
+    second = engine("write-back", "1MiB")
     assert machine.chunks() == 0
     answer = second.ask(asked, max_tokens=4)
     assert _told(answer) == _told(reference) and answer["cached"] == HIT
     machine.nothing_is_held()
 
 
-def test_a_reset_empties_the_tiers_too(machine: Machine) -> None:
+def test_what_is_evicted_is_written_then_and_a_reset_empties_all(machine: Machine) -> None:
     second = machine.engines[-1]
-    asked, before = prompt(3, TOKENS), _metric(second, "written_chunks")
-    second.ask(asked)
+    before = _metric(second, "written_chunks")
+    asked = [prompt(10 + number, TOKENS) for number in range(5)]  # more than the pool holds
+    for each in asked:
+        second.ask(each)
     keeps(second, int(before) + HIT // BLOCK)
+    eventually(lambda: second.call("reset"), "vLLM's own prefix cache is empty")
+    assert second.ask(asked[0])["cached"] == HIT
+
     eventually(lambda: second.call("reset", connector=True), "the pool is reset")
-    assert second.ask(asked)["cached"] == 0
+    assert all(second.ask(each)["cached"] == 0 for each in asked)
 
 
 def _forget(machine: Machine, engine: EngineProcess) -> None:
