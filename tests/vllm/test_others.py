@@ -85,24 +85,6 @@ def test_two_tensor_parallel_ranks_have_chunks_of_their_own(
     end(pool, split)
 
 
-def test_two_pipeline_stages_have_chunks_of_their_own(
-    pool: Machine, writer: EngineProcess, model: Callable[..., Path]
-) -> None:
-    asked = prompt(11, 500)
-    before = pool.counters()["chunks"]
-    options = {"model": model("llama"), "pipeline_parallel_size": 2, "cores": "0|1"}
-    (staged,) = start(pool, {"name": "staged", **options})
-    assert staged.ask(asked)["cached"] == 0
-    expected = staged.ask(asked, max_tokens=4)
-    forget(staged)
-    assert pool.counters()["chunks"] == before + 2 * (500 // BLOCK)
-    answer = staged.ask(asked, max_tokens=4)
-    assert answer["cached"] == expected["cached"] == 480
-    assert answer["logprobs"] == expected["logprobs"]
-    assert writer.ask(asked)["cached"] == 0  # which has all layers in one rank
-    end(pool, staged)
-
-
 def test_of_equal_latents_one_rank_stores_and_all_load(pool: Machine, model: Callable[..., Path]) -> None:
     asked = prompt(12, 500)
     before = pool.counters()["chunks"]
