@@ -42,11 +42,12 @@ PYTHON_VLLM ?= $(shell for python in python3.11 python3.12 python3.13 python3; d
 
 # `make test-lmcache` has environments of its own: what LMCache needs must not reach the others.
 LMCACHE_VERSIONS ?= 0.5.6 0.4.7
-LMCACHE_NEEDS := msgspec pyzmq pyyaml rich pytest pytest-timeout hypothesis
+LMCACHE_NEEDS := msgspec pyzmq pyyaml rich rocksdict xxhash pytest pytest-timeout hypothesis
 LMCACHE_PYTEST ?=
 
 GPU_VENV := .venv-gpu
 GPU_NEEDS := benchmarks/gpu/requirements.txt
+LMCACHE_GPU_NEEDS := benchmarks/gpu/lmcache.txt
 GPU_PYTHON ?= $(shell for python in python3 python python3.12 python3.13 python3.11 python3.10; do \
 	$$python -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, ("torch", "triton", "cupy"))))' \
 	2>/dev/null && echo $$python && break; done)
@@ -85,6 +86,7 @@ wheels: ## what `make gpu` needs on a machine without internet, into wheels/
 	@[ -n "$(PYTHON)" ] || { echo "no Python 3.10 to 3.13 here: install one, or name it: make PYTHON=…" >&2; exit 1; }
 	$(download) -r $(GPU_NEEDS) exceptiongroup tomli typing-extensions
 	$(if $(LMCACHE),$(download) --no-deps lmcache==$(LMCACHE))
+	$(if $(LMCACHE),$(download) -r $(LMCACHE_GPU_NEEDS))
 	@ls $(WHEELS)
 
 lint: $(STAMP) ## ruff (rules, format) and mypy --strict
@@ -158,7 +160,8 @@ pip="$(GPU_VENV)/bin/python -m pip"; $$pip --version >/dev/null 2>&1 || pip="$(G
 if [ -d $(WHEELS) ]; then from="--no-index --find-links $(WHEELS)"; else from=; fi; \
 $$pip install -q --disable-pip-version-check $$from -r $(GPU_NEEDS); \
 for wheel in $(WHEELS)/lmcache-*.whl; do \
-	[ ! -e "$$wheel" ] || $$pip install -q --no-index --no-deps "$$wheel" || echo "without LMCache's figures" >&2; done; \
+	[ ! -e "$$wheel" ] || $$pip install -q --no-index --no-deps "$$wheel" || echo "without LMCache's figures" >&2; \
+	[ ! -e "$$wheel" ] || $$pip install -q $$from -r $(LMCACHE_GPU_NEEDS) || echo "without LMCache's connector" >&2; done; \
 $(GPU_VENV)/bin/python -c 'import torch, triton, cupy; print("torch", torch.__version__, "triton", triton.__version__, "cupy", cupy.__version__)'
 endef
 

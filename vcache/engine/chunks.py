@@ -29,6 +29,7 @@ from vcache.errors import RemoteProtocolError
 from vcache.layout import KVLayout
 from vcache.limits import FORM_BYTES, KEYS_PER_REQUEST_MAX, TIER_LOAD_CHUNKS_MAX
 from vcache.protocol import EXTENT, Outcome
+from vcache.segment.pinning import Registrar
 from vcache.tiers import Found, Tier
 
 
@@ -77,10 +78,14 @@ class Chunks:
         tiers: Sequence[Tier] = (),
         tier_queue_chunks: int = 1,
         synchronise: Callable[[], None] = lambda: None,
+        registrar: Registrar | None = None,
     ) -> None:
-        """synchronise: waits until what was launched into drafts has really been written."""
+        """synchronise: waits until what was launched into drafts has really been written.
+
+        registrar: makes host memory reachable for the application's GPU; where it cannot, chunks are misses.
+        """
         self.counters = counters
-        self._pool = Pool(client, counters, layout, model, device)
+        self._pool = Pool(client, counters, layout, model, device, registrar)
         self._lower = LowerTiers(tiers, layout.fingerprint, counters)
         self._queue = TierQueues(self._pool, self._lower, tier_queue_chunks, counters) if tiers else None
         self._synchronise = synchronise
