@@ -139,14 +139,27 @@ platforms = $(foreach tag,2_34 2_31 2_28 2_27 2_26 2_24 2_17,--platform manylinu
 download = $(PYTHON) -m pip download -q --disable-pip-version-check --dest $(WHEELS) --only-binary=:all: \
 	--implementation cp --python-version $(PYTHON_VERSION) $(platforms)
 
-# LMCache drags in torchvision and the like where its CUDA builds are; they do not fit another torch.
+# LMCache drags in torchvision and the like where its CUDA builds are; they do not fit another torch. The first version's
+# environment has everything; the others' see it behind their own LMCache, which spares minutes and gigabytes.
 define make_lmcache_venv
 [ -e .venv-lmcache-$(1)/.installed ] || { echo "installing lmcache $(1) into .venv-lmcache-$(1): minutes, once"; \
 $(PYTHON) -m venv .venv-lmcache-$(1) >/dev/null && pip=".venv-lmcache-$(1)/bin/python -m pip -q --disable-pip-version-check" \
-&& { $$pip install torch==$(TORCH_VERSION)+cpu 2>/dev/null || $$pip install torch==$(TORCH_VERSION); } \
-&& $$pip install torch==$(TORCH_VERSION) lmcache==$(1) $(LMCACHE_NEEDS) \
-&& $$pip uninstall -y torchvision torchaudio torchcodec && $$pip install --no-deps -e . \
+&& $(if $(filter $(1),$(firstword $(LMCACHE_VERSIONS))),$(install_lmcache),$(borrow_lmcache)) \
 && touch .venv-lmcache-$(1)/.installed; }
+endef
+
+define install_lmcache
+{ $$pip install torch==$(TORCH_VERSION)+cpu 2>/dev/null || $$pip install torch==$(TORCH_VERSION); } \
+&& $$pip install torch==$(TORCH_VERSION) lmcache==$(1) $(LMCACHE_NEEDS) \
+&& $$pip uninstall -y torchvision torchaudio torchcodec && $$pip install --no-deps -e .
+endef
+
+define borrow_lmcache
+$$pip install --no-deps lmcache==$(1) \
+&& site='import sysconfig; print(sysconfig.get_path("purelib"))' \
+&& .venv-lmcache-$(firstword $(LMCACHE_VERSIONS))/bin/python -c "$$site" \
+	> "$$(.venv-lmcache-$(1)/bin/python -c "$$site")/borrowed.pth" \
+&& echo $(CURDIR) >> "$$(.venv-lmcache-$(1)/bin/python -c "$$site")/borrowed.pth"
 endef
 
 # The interpreter that has torch may live in an environment of its own, whose packages --system-site-packages does not

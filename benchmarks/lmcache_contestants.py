@@ -38,7 +38,7 @@ _BEHIND_CPU: Final = {"local_cpu": False, "max_local_cpu_size": 0.6}
 
 
 class Worker:
-    """A process with an LMCacheEngine."""
+    """A process with an LMCacheEngine; all of them start side by side, for they import for seconds."""
 
     def __init__(self, folder: Path, name: str, config: dict[str, Any]) -> None:
         path = folder / f"{name.replace(' ', '-').replace('/', '-')}.yaml"
@@ -48,10 +48,13 @@ class Worker:
         self._process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
         )
-        self._answer()
+        self._is_ready = False
 
     def do(self, what: str, prompt: int, tokens: int | None = None) -> float:
         """Have it done; seconds. RuntimeError if it was not done with so many tokens."""
+        if not self._is_ready:
+            self._answer()
+            self._is_ready = True
         assert self._process.stdin is not None
         print(json.dumps({"do": what, "prompt": prompt}), file=self._process.stdin, flush=True)
         answer = self._answer()

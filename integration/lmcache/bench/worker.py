@@ -26,6 +26,9 @@ CHUNKS: Final = 8
 TOKENS: Final = CHUNKS * CHUNK_TOKENS
 BYTES: Final = TOKENS * LAYERS * 2 * HEADS * HEAD_SIZE * 2
 
+_STORED_S: Final = 30.0
+"""What is not there after that is not stored."""
+
 
 def main() -> None:
     """Serve until standard input ends."""
@@ -88,10 +91,13 @@ class Subject:
         """Store the prompt; what a backend does behind the call counts, too."""
         self._engine.store(self._tokens, req_id="s", **self._given)
         keys = [key for _, _, key in self._engine.token_database.process_tokens(tokens=self._tokens)]
+        until_s = time.monotonic() + _STORED_S
         for backend in self._backends.values():
-            while any(backend.exists_in_put_tasks(key) for key in keys):
+            while any(backend.exists_in_put_tasks(key) for key in keys) and time.monotonic() < until_s:
                 time.sleep(0.0005)
-        return TOKENS
+        while (tokens := self.lookup()) < TOKENS and time.monotonic() < until_s:  # not all say what they do
+            time.sleep(0.0005)
+        return tokens
 
     def retrieve(self) -> int:
         """Retrieve it; how many tokens were hit."""
