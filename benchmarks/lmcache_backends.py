@@ -10,6 +10,7 @@ rounds' ratios.
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
 import time
@@ -42,7 +43,7 @@ from vcache.bench.echo import Echo, echo
 from vcache.limits import MIB
 
 TITLE: Final = f"LMCacheEngine, {CHUNKS} chunks of {BYTES // CHUNKS // MIB} MiB, host memory"
-ROUNDS: Final = 9
+ROUNDS: Final = 5
 EXCHANGES: Final = 50
 """Of a bare echo in a round."""
 
@@ -123,4 +124,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all that was started ends, too
     raise SystemExit(main())
