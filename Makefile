@@ -4,6 +4,7 @@
 #   TORCH_VERSION=2.13.0        another PyTorch
 #   TORCH="torch==2.13.0 --index-url https://…"    the pip arguments that install PyTorch, as they are
 #   EXTRAS=dev,cuda12           other extras of pyproject.toml
+#   BENCH=--write               arguments of the benchmark that `make bench-lmcache` runs
 #
 # `make gpu` uses the machine's own torch, triton and cupy, and for the rest wheels/ where that folder is there:
 #
@@ -43,7 +44,9 @@ PYTHON_VLLM ?= $(shell for python in python3.11 python3.12 python3.13 python3; d
 # `make test-lmcache` has environments of its own: what LMCache needs must not reach the others.
 LMCACHE_VERSIONS ?= 0.5.6 0.4.7
 LMCACHE_NEEDS := msgspec pyzmq pyyaml rich rocksdict xxhash pytest pytest-timeout hypothesis
+LMCACHE_FIRST = $(firstword $(LMCACHE_VERSIONS))
 LMCACHE_PYTEST ?=
+BENCH ?=
 
 GPU_VENV := .venv-gpu
 GPU_NEEDS := benchmarks/gpu/requirements.txt
@@ -58,7 +61,7 @@ PYTHON_VERSION ?= 3.12
 MACHINE ?= x86_64
 LMCACHE ?=
 
-.PHONY: help demo test test-tiers bench gpu wheels lint clean demo-vllm test-vllm bench-vllm test-lmcache
+.PHONY: help demo test test-tiers bench gpu wheels lint clean demo-vllm test-vllm bench-vllm test-lmcache bench-lmcache
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -107,7 +110,14 @@ test-lmcache: ## tests with real LMCache, each version in an environment of its 
 	@[ -n "$(PYTHON)" ] || { echo "no Python 3.10 to 3.13 here: install one, or name it: make PYTHON=…" >&2; exit 1; }
 	@$(foreach version,$(LMCACHE_VERSIONS),$(call make_lmcache_venv,$(version));)
 	$(foreach version,$(LMCACHE_VERSIONS),.venv-lmcache-$(version)/bin/python -m pytest -q tests/lmcache $(LMCACHE_PYTEST) \
-		$(if $(filter-out $(firstword $(LMCACHE_VERSIONS)),$(version)),-m contract) &&) true
+		$(if $(filter-out $(LMCACHE_FIRST),$(version)),-m contract) &&) true
+
+bench-lmcache: ## LMCacheEngine on VCache beside LMCache's own backends; Redis where redis-server is installed
+	@[ -n "$(PYTHON)" ] || { echo "no Python 3.10 to 3.13 here: install one, or name it: make PYTHON=…" >&2; exit 1; }
+	@$(call make_lmcache_venv,$(LMCACHE_FIRST))
+	@.venv-lmcache-$(LMCACHE_FIRST)/bin/python -m pip -q --disable-pip-version-check install mooncake-transfer-engine-non-cuda \
+		|| echo "without Mooncake" >&2
+	.venv-lmcache-$(LMCACHE_FIRST)/bin/python -m benchmarks.lmcache_backends $(BENCH)
 
 clean: ## remove .venv, caches and builds
 	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) .venv-lmcache-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -144,7 +154,7 @@ download = $(PYTHON) -m pip download -q --disable-pip-version-check --dest $(WHE
 define make_lmcache_venv
 [ -e .venv-lmcache-$(1)/.installed ] || { echo "installing lmcache $(1) into .venv-lmcache-$(1): minutes, once"; \
 $(PYTHON) -m venv .venv-lmcache-$(1) >/dev/null && pip=".venv-lmcache-$(1)/bin/python -m pip -q --disable-pip-version-check" \
-&& $(if $(filter $(1),$(firstword $(LMCACHE_VERSIONS))),$(install_lmcache),$(borrow_lmcache)) \
+&& $(if $(filter $(1),$(LMCACHE_FIRST)),$(install_lmcache),$(borrow_lmcache)) \
 && touch .venv-lmcache-$(1)/.installed; }
 endef
 
@@ -157,7 +167,7 @@ endef
 define borrow_lmcache
 $$pip install --no-deps lmcache==$(1) \
 && site='import sysconfig; print(sysconfig.get_path("purelib"))' \
-&& .venv-lmcache-$(firstword $(LMCACHE_VERSIONS))/bin/python -c "$$site" \
+&& .venv-lmcache-$(LMCACHE_FIRST)/bin/python -c "$$site" \
 	> "$$(.venv-lmcache-$(1)/bin/python -c "$$site")/borrowed.pth" \
 && echo $(CURDIR) >> "$$(.venv-lmcache-$(1)/bin/python -c "$$site")/borrowed.pth"
 endef

@@ -1,8 +1,8 @@
 """LMCacheEngine on VCache beside LMCache's own backends: `python -m benchmarks.lmcache_backends [--write]`.
 
-Needs LMCache (`make test-lmcache` makes environments that have it). On VCache and Mooncake one process stores
-and another one loads, on VCache out of a holder's segment; LMCache's other backends store and load in one
-process, LocalCPUBackend without leaving its memory: the limit. 8 chunks of 32 MiB, a new prompt in each
+Needs LMCache (`make bench-lmcache` makes an environment that has it). On VCache and Mooncake one process
+stores and another one loads, on VCache out of a holder's segment; LMCache's other backends store and load in
+one process, LocalCPUBackend without leaving its memory: the limit. 8 chunks of 32 MiB, a new prompt in each
 round. All take turns, so that what else the machine does hits them alike; a ratio is the median of the
 rounds' ratios.
 """
@@ -51,7 +51,7 @@ EXCHANGES: Final = 50
 def run(rounds: int = ROUNDS) -> Iterator[Figure]:
     """The figures. RuntimeError where LMCache is not installed."""
     if find_spec("lmcache") is None:
-        raise RuntimeError("LMCache is not installed here: use an environment of `make test-lmcache`")
+        raise RuntimeError("LMCache is not installed here: use `make bench-lmcache`")
     with ExitStack() as ending:
         pool = ending.enter_context(Pool())
         pool.start_server()
