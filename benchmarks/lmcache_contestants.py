@@ -11,8 +11,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -80,12 +81,18 @@ class Worker:
 
 
 class Contestant:
-    """Who stores, and who loads: perhaps the same. The rounds' seconds: stores, retrieves, lookups."""
+    """Who stores, and who loads: perhaps the same. The rounds' seconds: stores, retrieves, lookups.
 
-    def __init__(self, name: str, writer: Worker, reader: Worker) -> None:
+    flush: forgets what LMCache cannot remove from the store behind it.
+    """
+
+    def __init__(
+        self, name: str, writer: Worker, reader: Worker, flush: Callable[[], None] = lambda: None
+    ) -> None:
         self.name = name
         self._writer = writer
         self._reader = reader
+        self._flush = flush
         self.stores: list[float] = []
         self.retrieves: list[float] = []
         self.lookups: list[float] = []
@@ -115,6 +122,7 @@ class Contestant:
     def _forget(self, prompt: int) -> None:
         self._reader.do("forget_hot", prompt)
         self._writer.do("clear", prompt)
+        self._flush()
 
 
 class Contest:
@@ -152,7 +160,6 @@ class Contest:
             return
         port = _free_port()
         command = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--save", ""]
-        command += ["--maxmemory", str(6 * BYTES), "--maxmemory-policy", "allkeys-lru"]
         server = subprocess.Popen(command, cwd=self._pool.folder, stdout=subprocess.DEVNULL)
         self._ending.callback(server.wait)
         self._ending.callback(server.kill)
@@ -160,7 +167,9 @@ class Contest:
         for scheme, client in (("redis", "redis-py"), ("resp", "LMCache's native client")):
             remote = {"remote_url": f"{scheme}://127.0.0.1:{port}", "save_unfull_chunk": False}
             extra = {"extra_config": {"save_chunk_meta": False}} if scheme == "resp" else {}
-            yield self._one(f"RemoteBackend to Redis ({client})", {**_BEHIND_CPU, **remote, **extra})
+            name = f"RemoteBackend to Redis ({client})"
+            own = self._worker(name, {**_BEHIND_CPU, **remote, **extra})
+            yield Contestant(name, own, own, partial(_flush, port))
 
     def _mooncake(self) -> Iterator[Contestant]:
         name = "RemoteBackend to Mooncake"
@@ -184,7 +193,7 @@ class Contest:
             "transfer_timeout": 10,
             "save_chunk_meta": False,
         }
-        lends, borrows = ({"global_segment_size": size} for size in (6 * BYTES, 0))
+        lends, borrows = ({"global_segment_size": size} for size in (12 * BYTES, 0))
         writer = self._worker(f"{name} writer", {**common, "extra_config": {**settings, **lends}})
         reader = self._worker(f"{name} reader", {**common, "extra_config": {**settings, **borrows}})
         yield Contestant(name, writer, reader)
@@ -208,6 +217,14 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _flush(port: int) -> None:
+    """Empty a Redis."""
+    with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE_S) as connection:
+        connection.sendall(b"FLUSHALL\r\n")
+        if not connection.recv(64).startswith(b"+OK"):
+            raise RuntimeError("Redis does not forget")
 
 
 def _wait_for(port: int) -> None:
