@@ -155,8 +155,9 @@ class Contest:
         }
 
     def _redis(self) -> Iterator[Contestant]:
+        name = "RemoteBackend to Redis"
         if shutil.which("redis-server") is None:
-            self.left_out["RemoteBackend to Redis"] = "no redis-server here (Debian: redis-server)"
+            self.left_out[name] = "no redis-server here (Debian: redis-server)"
             return
         port = _free_port()
         command = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--save", ""]
@@ -164,12 +165,10 @@ class Contest:
         self._ending.callback(server.wait)
         self._ending.callback(server.kill)
         _wait_for(port)
-        for scheme, client in (("redis", "redis-py"), ("resp", "LMCache's native client")):
-            remote = {"remote_url": f"{scheme}://127.0.0.1:{port}", "save_unfull_chunk": False}
-            extra = {"extra_config": {"save_chunk_meta": False}} if scheme == "resp" else {}
-            name = f"RemoteBackend to Redis ({client})"
-            own = self._worker(name, {**_BEHIND_CPU, **remote, **extra})
-            yield Contestant(name, own, own, partial(_flush, port))
+        # Not resp://, LMCache's native client: it hangs where a lookup comes while a store is under way.
+        config = {**_BEHIND_CPU, "remote_url": f"redis://127.0.0.1:{port}", "save_unfull_chunk": False}
+        own = self._worker(name, config)
+        yield Contestant(name, own, own, partial(_flush, port))
 
     def _mooncake(self) -> Iterator[Contestant]:
         name = "RemoteBackend to Mooncake"
