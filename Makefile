@@ -4,6 +4,7 @@
 #   TORCH_VERSION=2.13.0        another PyTorch
 #   TORCH="torch==2.13.0 --index-url https://…"    the pip arguments that install PyTorch, as they are
 #   EXTRAS=dev,cuda12           other extras of pyproject.toml
+#   BENCH=--write               arguments of the benchmark that `make bench-lmcache` runs
 #
 # `make gpu` uses the machine's own torch, triton and cupy, and for the rest wheels/ where that folder is there:
 #
@@ -42,11 +43,14 @@ PYTHON_VLLM ?= $(shell for python in python3.11 python3.12 python3.13 python3; d
 
 # `make test-lmcache` has environments of its own: what LMCache needs must not reach the others.
 LMCACHE_VERSIONS ?= 0.5.6 0.4.7
-LMCACHE_NEEDS := msgspec pyzmq pyyaml rich pytest pytest-timeout hypothesis
+LMCACHE_NEEDS := msgspec pyzmq pyyaml rich rocksdict xxhash pytest pytest-timeout hypothesis
+LMCACHE_FIRST = $(firstword $(LMCACHE_VERSIONS))
 LMCACHE_PYTEST ?=
+BENCH ?=
 
 GPU_VENV := .venv-gpu
 GPU_NEEDS := benchmarks/gpu/requirements.txt
+LMCACHE_GPU_NEEDS := benchmarks/gpu/lmcache.txt
 GPU_PYTHON ?= $(shell for python in python3 python python3.12 python3.13 python3.11 python3.10; do \
 	$$python -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, ("torch", "triton", "cupy"))))' \
 	2>/dev/null && echo $$python && break; done)
@@ -57,7 +61,7 @@ PYTHON_VERSION ?= 3.12
 MACHINE ?= x86_64
 LMCACHE ?=
 
-.PHONY: help demo test test-tiers bench gpu wheels lint clean demo-vllm test-vllm bench-vllm test-lmcache
+.PHONY: help demo test test-tiers bench gpu wheels lint clean demo-vllm test-vllm bench-vllm test-lmcache bench-lmcache
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -85,6 +89,7 @@ wheels: ## what `make gpu` needs on a machine without internet, into wheels/
 	@[ -n "$(PYTHON)" ] || { echo "no Python 3.10 to 3.13 here: install one, or name it: make PYTHON=…" >&2; exit 1; }
 	$(download) -r $(GPU_NEEDS) exceptiongroup tomli typing-extensions
 	$(if $(LMCACHE),$(download) --no-deps lmcache==$(LMCACHE))
+	$(if $(LMCACHE),$(download) -r $(LMCACHE_GPU_NEEDS))
 	@ls $(WHEELS)
 
 lint: $(STAMP) ## ruff (rules, format) and mypy --strict
@@ -105,7 +110,14 @@ test-lmcache: ## tests with real LMCache, each version in an environment of its 
 	@[ -n "$(PYTHON)" ] || { echo "no Python 3.10 to 3.13 here: install one, or name it: make PYTHON=…" >&2; exit 1; }
 	@$(foreach version,$(LMCACHE_VERSIONS),$(call make_lmcache_venv,$(version));)
 	$(foreach version,$(LMCACHE_VERSIONS),.venv-lmcache-$(version)/bin/python -m pytest -q tests/lmcache $(LMCACHE_PYTEST) \
-		$(if $(filter-out $(firstword $(LMCACHE_VERSIONS)),$(version)),-m contract) &&) true
+		$(if $(filter-out $(LMCACHE_FIRST),$(version)),-m contract) &&) true
+
+bench-lmcache: ## LMCacheEngine on VCache beside LMCache's own backends; Redis where redis-server is installed
+	@[ -n "$(PYTHON)" ] || { echo "no Python 3.10 to 3.13 here: install one, or name it: make PYTHON=…" >&2; exit 1; }
+	@$(call make_lmcache_venv,$(LMCACHE_FIRST))
+	@.venv-lmcache-$(LMCACHE_FIRST)/bin/python -m pip -q --disable-pip-version-check install mooncake-transfer-engine-non-cuda \
+		|| echo "without Mooncake" >&2
+	.venv-lmcache-$(LMCACHE_FIRST)/bin/python -m benchmarks.lmcache_backends $(BENCH)
 
 clean: ## remove .venv, caches and builds
 	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) .venv-lmcache-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -137,14 +149,27 @@ platforms = $(foreach tag,2_34 2_31 2_28 2_27 2_26 2_24 2_17,--platform manylinu
 download = $(PYTHON) -m pip download -q --disable-pip-version-check --dest $(WHEELS) --only-binary=:all: \
 	--implementation cp --python-version $(PYTHON_VERSION) $(platforms)
 
-# LMCache drags in torchvision and the like where its CUDA builds are; they do not fit another torch.
+# LMCache drags in torchvision and the like where its CUDA builds are; they do not fit another torch. The first version's
+# environment has everything; the others' see it behind their own LMCache, which spares minutes and gigabytes.
 define make_lmcache_venv
 [ -e .venv-lmcache-$(1)/.installed ] || { echo "installing lmcache $(1) into .venv-lmcache-$(1): minutes, once"; \
 $(PYTHON) -m venv .venv-lmcache-$(1) >/dev/null && pip=".venv-lmcache-$(1)/bin/python -m pip -q --disable-pip-version-check" \
-&& { $$pip install torch==$(TORCH_VERSION)+cpu 2>/dev/null || $$pip install torch==$(TORCH_VERSION); } \
-&& $$pip install torch==$(TORCH_VERSION) lmcache==$(1) $(LMCACHE_NEEDS) \
-&& $$pip uninstall -y torchvision torchaudio torchcodec && $$pip install --no-deps -e . \
+&& $(if $(filter $(1),$(LMCACHE_FIRST)),$(install_lmcache),$(borrow_lmcache)) \
 && touch .venv-lmcache-$(1)/.installed; }
+endef
+
+define install_lmcache
+{ $$pip install torch==$(TORCH_VERSION)+cpu 2>/dev/null || $$pip install torch==$(TORCH_VERSION); } \
+&& $$pip install torch==$(TORCH_VERSION) lmcache==$(1) $(LMCACHE_NEEDS) \
+&& $$pip uninstall -y torchvision torchaudio torchcodec && $$pip install --no-deps -e .
+endef
+
+define borrow_lmcache
+$$pip install --no-deps lmcache==$(1) \
+&& site='import sysconfig; print(sysconfig.get_path("purelib"))' \
+&& .venv-lmcache-$(LMCACHE_FIRST)/bin/python -c "$$site" \
+	> "$$(.venv-lmcache-$(1)/bin/python -c "$$site")/borrowed.pth" \
+&& echo $(CURDIR) >> "$$(.venv-lmcache-$(1)/bin/python -c "$$site")/borrowed.pth"
 endef
 
 # The interpreter that has torch may live in an environment of its own, whose packages --system-site-packages does not
@@ -158,7 +183,8 @@ pip="$(GPU_VENV)/bin/python -m pip"; $$pip --version >/dev/null 2>&1 || pip="$(G
 if [ -d $(WHEELS) ]; then from="--no-index --find-links $(WHEELS)"; else from=; fi; \
 $$pip install -q --disable-pip-version-check $$from -r $(GPU_NEEDS); \
 for wheel in $(WHEELS)/lmcache-*.whl; do \
-	[ ! -e "$$wheel" ] || $$pip install -q --no-index --no-deps "$$wheel" || echo "without LMCache's figures" >&2; done; \
+	[ ! -e "$$wheel" ] || $$pip install -q --no-index --no-deps "$$wheel" || echo "without LMCache's figures" >&2; \
+	[ ! -e "$$wheel" ] || $$pip install -q $$from -r $(LMCACHE_GPU_NEEDS) || echo "without LMCache's connector" >&2; done; \
 $(GPU_VENV)/bin/python -c 'import torch, triton, cupy; print("torch", torch.__version__, "triton", triton.__version__, "cupy", cupy.__version__)'
 endef
 

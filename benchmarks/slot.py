@@ -60,6 +60,18 @@ _ACROSS_GPUS: Final = (
 )
 """What may go otherwise where a segment and its readers are on different GPUs."""
 
+_LMCACHE_TESTS: Final = "tests/gpu/test_lmcache.py"
+_LMCACHE_NEEDS: Final = (
+    "lmcache",
+    "aiofile",
+    "aiohttp",
+    "numba",
+    "opentelemetry",
+    "prometheus_client",
+    "transformers",
+)
+"""Of what it imports, what is missing most likely; looked for without importing it, which takes seconds."""
+
 _NO_TESTS: Final = 5
 """pytest's exit code."""
 
@@ -99,10 +111,15 @@ def waves(count: int) -> list[list[Part]]:
     python = sys.executable
     alone = [
         Part("doctor", [python, "-m", "vcache.cli", "doctor", "--start"], 90),
-        Part("GPU tests", [*_pytest(), "-m", "gpu", *_without_demo(), "tests"], 150),
+        Part(
+            "GPU tests", [*_pytest(), "-m", "gpu", *_without_demo(), "--ignore", _LMCACHE_TESTS, "tests"], 150
+        ),
         *_figures(["gpu-copies"], 120),
         *_figures(["gpu-retrieve", "gpu-lmcache", "gpu-host", "gpu-matmul", "gpu-pieces", "gpu-peers"], 75),
     ]
+    if not _lmcache_lacks():
+        tests = [*_pytest(), "-m", "gpu", _LMCACHE_TESTS]
+        alone.insert(2, Part("LMCache's CUDA connector", tests, 120))
     made = [[part] for part in alone]
     made.append(list(_process_tests("cuda:0", _process_test_files())))
     if count > 1:
@@ -117,9 +134,15 @@ def left_out(count: int) -> list[str]:
     said = []
     if count == 1:
         said.append("one GPU: what needs several is left out (pairs of GPUs, process tests across them)")
+    if lacks := _lmcache_lacks():
+        said.append(f"without {', '.join(lacks)} LMCache's CUDA connector was not run over the pool")
     if not shutil.which("compute-sanitizer"):
         said.append("compute-sanitizer is not on the PATH: the kernels were not run under it")
     return said
+
+
+def _lmcache_lacks() -> list[str]:
+    return [name for name in _LMCACHE_NEEDS if find_spec(name) is None]
 
 
 def _pytest() -> list[str]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
@@ -15,9 +16,10 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import report, slot, tiers
+from benchmarks import lmcache_backends, lmcache_contestants, report, slot, tiers
 from benchmarks.gpu import copies, host, lmcache_kernel, matmul, peers, pieces, retrieve
 from benchmarks.gpu.subject import Subject, counts_that_fit, own_segment
+from benchmarks.processes import Pool
 from benchmarks.report import ROOT, Figure, at_least, at_most, interleaved, ratio, result_path, summary
 from benchmarks.slot import Part, Slot, run_part
 from vcache.layout import KVLayout
@@ -376,3 +378,25 @@ def test_a_tiers_rounds_put_new_chunks_and_get_those_of_the_last_round() -> None
     tier.clear()
     with pytest.raises(RuntimeError, match="memory has lost a chunk"):
         contestant.get()
+
+
+# -- beside LMCache's backends
+
+
+def test_lmcache_is_missed_in_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lmcache_backends, "find_spec", lambda _: None)
+
+    assert lmcache_backends.main([]) == 2
+    assert "LMCache is not installed here" in capsys.readouterr().err
+
+
+def test_peers_that_are_not_installed_are_left_out_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lmcache_contestants, "find_spec", lambda _: None)
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    contest = lmcache_contestants.Contest(cast(Pool, None), ExitStack())
+
+    assert [*contest._redis(), *contest._mooncake()] == []
+    assert "Debian: redis-server" in contest.left_out["RemoteBackend to Redis"]
+    assert "pip install mooncake" in contest.left_out["RemoteBackend to Mooncake"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from vcache.client import Client
 from vcache.engine.chunks import Chunks, Draft, Part
 from vcache.engine.forms import Form, decode
 from vcache.engine.stats import Counters
-from vcache.errors import ArgumentError, RemoteProtocolError
+from vcache.errors import ArgumentError, RemoteProtocolError, SegmentError
 from vcache.layout import KVLayout
 from vcache.limits import FORM_BYTES, PART_ALIGN_BYTES, STOCK_REFILL_EXTENTS
 from vcache.tiers import MemoryTier
@@ -267,3 +267,21 @@ def test_without_a_server_everything_is_a_miss(pool: Pool) -> None:
     assert chunks.draft(FORM, 50) == [] or chunks.stocked == 0
     assert chunks.capacity_bytes() == 0
     chunks.close()
+
+
+def test_memory_that_the_applications_gpu_cannot_reach_is_a_miss(pool: Pool) -> None:
+    def refuse(address: int, size: int) -> Callable[[], None]:
+        raise SegmentError("no pages may be locked")
+
+    undone: list[int] = []
+    writer = chunks_of(pool.client(lends=1 << 20), registrar=lambda at, _: lambda: undone.append(at))
+    reader = chunks_of(pool.client(), registrar=refuse)
+    assert write(writer, [1])
+    assert reader.take([key(1)]) == [None]
+    assert reader.draft(FORM, 1) == []
+    assert reader.counters.snapshot()["failed_other_memory"] > 0
+    (hold,) = writer.take([key(1)])
+    assert hold is not None and not undone
+    writer.drop(hold)
+    for chunks in (writer, reader):
+        chunks.close()

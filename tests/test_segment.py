@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -543,3 +543,48 @@ def test_no_torch_until_somebody_looks() -> None:
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+# -------------------------------------------------------------------------------- registered memory
+
+
+class Registrar:
+    """What plays the driver: remembers what is registered, and how many segments were mapped at its end."""
+
+    def __init__(self, error: str = "") -> None:
+        self.asked: list[tuple[int, int]] = []
+        self.mapped_at_the_end: list[int] = []
+        self._error = error
+
+    def __call__(self, address: int, size: int) -> Callable[[], None]:
+        self.asked.append((address, size))
+        if self._error:
+            raise SegmentError(self._error)
+        return lambda: self.mapped_at_the_end.append(mappings())
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["held here", "a peer's"])
+def test_memory_is_registered_once_and_until_it_is_unmapped(segment: Segment, held: bool) -> None:
+    memory: Segment | MappedSegment = segment if held else mapped_here(segment)
+    registrar, before = Registrar(), mappings()
+    for _ in range(2):
+        memory.register(registrar)
+    assert registrar.asked == [(memory.view(DATA_OFFSET, 1).data_ptr() - DATA_OFFSET, SIZE)]
+    borrow = memory.borrow()
+    assert borrow is not None
+    if isinstance(memory, MappedSegment):
+        memory.retire()
+    else:
+        memory.close()
+    assert registrar.mapped_at_the_end == [] and mappings() == before
+    borrow.release()
+    assert registrar.mapped_at_the_end == [before] and mappings() == before - 1
+
+
+def test_memory_that_cannot_be_registered_is_not_tried_again(segment: Segment) -> None:
+    registrar = Registrar("no pages may be locked")
+    for _ in range(2):
+        with pytest.raises(SegmentError, match="no pages may be locked"):
+            segment.register(registrar)
+    assert len(registrar.asked) == 1
+    assert segment.close()

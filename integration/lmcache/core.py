@@ -6,11 +6,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
-import torch
+import msgspec
 
+from integration.lmcache.device import Device
 from integration.lmcache.promises import Pins, Promises
 from integration.lmcache.reads import Reads
 from integration.lmcache.settings import read
@@ -41,10 +41,20 @@ class Core:
         model: str,
         name: str,
         lends: bool = True,
+        device: str = "cpu",
     ) -> None:
-        """Raises ConfigError for settings that are wrong, SegmentError for a segment that does not fit."""
+        """Raises ConfigError for settings that are wrong, SegmentError for a segment that does not fit.
+
+        device: what reads and writes chunks, as `Device`.
+        """
         settings = read(given, **({} if lends else {"segment.size": 0}))
         config = settings.config
+        self.device = Device(device)
+        reaching = config.device
+        if self.device.gpu is not None:  # peers' memory is mapped for the GPU that is to reach it
+            reaching = f"cuda:{self.device.gpu}"
+            if parse_device(config.device)[0] == "cuda":  # one file serves all ranks
+                config = msgspec.structs.replace(config, device=reaching)
         self.config = config
         self.name = name
         self.counters = Counters()
@@ -53,7 +63,7 @@ class Core:
         self._tiers = settings.tiers
         self._lending = Lending(config)
         try:
-            self.client = self._lending.client(name)
+            self.client = self._lending.client(name, reaching)
         except BaseException:
             self._lending.close()
             raise
@@ -67,7 +77,8 @@ class Core:
             tiers=settings.tiers,
             tier_queue_chunks=config.engine.tier_queue_chunks,
             write_back=config.tiers.policy == "write-back",
-            synchronise=_synchroniser(config.device),
+            synchronise=self.device.synchronise,
+            registrar=self.device.registrar,
         )
         self.owner: object = None
         self.on_turn: Callable[[], None] = _nothing_to_wait_for
@@ -113,6 +124,7 @@ class Core:
         self._ending.set()
         self._keeper.join()
         self.reads.close()
+        self.device.turn()
         self.chunks.drop_all(self.pins.take_all())
         self.chunks.drop_all(self.promises.take_all())
         self.chunks.close()
@@ -125,20 +137,12 @@ class Core:
         while not self._ending.wait(KEEPER_INTERVAL_S):
             self.chunks.drop_all(self.promises.expired(time.monotonic()))
             try:
+                self.device.turn()
                 self.on_turn()
             except (Unavailable, ServerError, LocalStateError) as error:
                 _log.debug(Line("nothing to look at now", reason=str(error)))
             except Exception:
                 _log.exception("the keeper failed; it goes on")
-
-
-def _synchroniser(device: str) -> Callable[[], None]:
-    kind, number = parse_device(device)
-    if kind != "cuda":
-        return _nothing_to_wait_for
-    # LMCache does not say on which of its streams it wrote, and does not wait for it where the target is on
-    # the GPU.
-    return partial(torch.cuda.synchronize, number)
 
 
 def _nothing_to_wait_for() -> None:

@@ -5,7 +5,6 @@ Its objects lie in the server's own memory, so a store and a load are one copy e
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -21,13 +20,10 @@ except ImportError:  # before 0.5
 
 from integration.lmcache.core import Core
 from integration.lmcache.memory import bytes_of_view, form_of_view
+from integration.lmcache.misses import Failures
 from vcache.engine.chunks import Part
-from vcache.errors import LocalStateError
 from vcache.keys import KeyChain, join_fields
 from vcache.layout import KVLayout
-from vcache.logs import Line
-
-_log = logging.getLogger("vcache.integration.lmcache")
 
 _LAYOUT = KVLayout(
     num_layers=1,
@@ -90,7 +86,7 @@ class VCacheL2Adapter(L2AdapterInterface):
         self._chain = KeyChain(_LAYOUT.fingerprint, model)
         self._guard = threading.Lock()
         self._last = 0
-        self._failures = 0
+        self._failures = Failures()
         self._stores, self._lookups, self._loads = _Tasks(), _Tasks(), _Tasks()
 
     # -- events
@@ -111,7 +107,9 @@ class VCacheL2Adapter(L2AdapterInterface):
 
     def submit_store_task(self, keys: list[Any], objects: list[Any]) -> int:
         """Store copies; one that finds no room fails the task, and the others are stored."""
-        return self._begin(self._stores, lambda: self._store(keys, objects), lambda: L2StoreResult(False, 0))
+        return self._begin(
+            self._stores, "store", lambda: self._store(keys, objects), lambda: L2StoreResult(False, 0)
+        )
 
     def pop_completed_store_tasks(self) -> dict[int, Any]:
         """What became of the stores that are done."""
@@ -148,7 +146,7 @@ class VCacheL2Adapter(L2AdapterInterface):
 
     def submit_lookup_and_lock_task(self, keys: list[Any], group_layout_descs: Any = None) -> int:
         """Look, and pin what is there until it is unlocked."""
-        return self._begin(self._lookups, lambda: self._lock(keys), lambda: Bitmap(len(keys)))
+        return self._begin(self._lookups, "lookup", lambda: self._lock(keys), lambda: Bitmap(len(keys)))
 
     def query_lookup_and_lock_result(self, task_id: int) -> Any:
         """Which keys are there; None if that is not known yet, or was asked before."""
@@ -170,7 +168,7 @@ class VCacheL2Adapter(L2AdapterInterface):
 
     def submit_load_task(self, keys: list[Any], objects: list[Any]) -> int:
         """Copy what is there into the objects."""
-        return self._begin(self._loads, lambda: self._load(keys, objects), lambda: Bitmap(len(keys)))
+        return self._begin(self._loads, "load", lambda: self._load(keys, objects), lambda: Bitmap(len(keys)))
 
     def query_load_result(self, task_id: int) -> Any:
         """Which objects were filled; None if that is not known yet, or was asked before."""
@@ -204,14 +202,14 @@ class VCacheL2Adapter(L2AdapterInterface):
             self._core.chunks.remove(self._bound(keys))
             self._notify_keys_deleted(keys, [0] * len(keys))
         except Exception as error:
-            self._failed(error)
+            self._failures.note("delete", error)
 
     def report_status(self) -> dict[str, Any]:
         """Whether the metadata server answers, and our figures."""
         return {
             "is_healthy": not self._core.closed and self._core.client.connected,
             "type": type(self).__name__,
-            "failures": self._failures,
+            "failures": self._failures.count,
             **self._core.stats(),
         }
 
@@ -221,7 +219,9 @@ class VCacheL2Adapter(L2AdapterInterface):
         for tasks in (self._stores, self._lookups, self._loads):
             tasks.close()
 
-    def _begin(self, tasks: _Tasks, work: Callable[[], Result], refused: Callable[[], Result]) -> int:
+    def _begin(
+        self, tasks: _Tasks, name: str, work: Callable[[], Result], refused: Callable[[], Result]
+    ) -> int:
         """Do it in a thread of ours; while too much is under way it fails at once. It always ends."""
         with self._guard:
             self._last += 1
@@ -231,7 +231,7 @@ class VCacheL2Adapter(L2AdapterInterface):
             try:
                 result = work()
             except Exception as error:  # LMCache waits for an answer, whatever happens
-                self._failed(error)
+                self._failures.note(name, error)
                 result = refused()
             tasks.finish(task, result)
 
@@ -255,11 +255,6 @@ class VCacheL2Adapter(L2AdapterInterface):
             )
             for key in keys
         ]
-
-    def _failed(self, error: Exception) -> None:
-        self._failures += 1
-        if not isinstance(error, LocalStateError):
-            _log.error(Line("a task failed; LMCache sees a miss"), exc_info=error)
 
 
 def _bitmap(flags: Any) -> Any:

@@ -1,4 +1,6 @@
-"""LMCache's GPU connector for paged KV that lies in host memory: per layer [K/V, slot, hidden]."""
+"""What LMCache calls a GPU connector: ours for paged KV in host memory (per layer [K/V, slot, hidden]), and
+its own for KV on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,19 @@ from typing import Any
 
 import torch
 from lmcache.v1.gpu_connector.gpu_connectors import GPUConnectorInterface, VLLMPagedMemLayerwiseGPUConnector
+
+from tests.lmcache.paged import Shape
+
+
+def connector_of(config: Any, metadata: Any, shape: Shape) -> GPUConnectorInterface:
+    """The one for KV of this shape; on a GPU the one that LMCache has for vLLM."""
+    if shape.device != "cpu":
+        from lmcache.utils import EngineType
+        from lmcache.v1.gpu_connector import CreateGPUConnector
+
+        return CreateGPUConnector(config, metadata, EngineType.VLLM, layout_hints={"kv_layout": "NHD"})
+    sizes = shape.parts, shape.layers, shape.hidden
+    return CpuLayerwiseConnector(sizes) if config.use_layerwise else CpuConnector(sizes)
 
 
 class CpuConnector(GPUConnectorInterface):

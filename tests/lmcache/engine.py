@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import yaml
 
-from tests.processes.content import kv_of_tokens, prompt
+from tests.lmcache.paged import Paged, Shape
+from tests.processes.content import prompt
 from tests.processes.pool import Pool
 from tests.processes.worker import DEADLINE_S, Worker
-from vcache.layout import KVLayout
 
 LAYERS, HEADS, HEAD_SIZE, CHUNK_TOKENS = 3, 2, 8, 16
 SLOTS = 1024
@@ -40,21 +40,29 @@ def config_of(pool: Pool, position: str, *, size: int | str = 0, **given: Any) -
 
 
 def start(pool: Pool, position: str = "primary", **given: Any) -> Worker:
-    """A worker with an LMCacheEngine; keywords: `metadata` for its metadata, others as `config_of`."""
-    metadata = given.pop("metadata", {})
-    groups = given.pop("groups", None)
+    """A worker with an LMCacheEngine; keywords as `start_in`."""
     worker = pool.start_worker()
+    start_in(worker, pool, position, **given)
+    return worker
+
+
+def start_in(worker: Worker, pool: Pool, position: str, **given: Any) -> None:
+    """An LMCacheEngine in a worker that has none; keywords: `metadata` for its metadata, `groups` of layers,
+    `kv` where its paged KV is ("cpu", "cuda:0"), others as `config_of`.
+    """
+    metadata, groups, kv = given.pop("metadata", {}), given.pop("groups", None), given.pop("kv", "cpu")
     path = pool.path.parent / f"lmcache-{worker.pid}.yaml"
     path.write_text(yaml.safe_dump(config_of(pool, position, **given)))
-    worker.call("run", open_engine, str(path), metadata, groups)
-    return worker
+    worker.call("run", open_engine, str(path), metadata, groups, kv)
 
 
 # -- in the worker
 
 
-def open_engine(child: Any, path: str, metadata: dict[str, Any], groups: list[int] | None) -> None:
-    """An engine as LMCache builds one, with a connector to paged KV in host memory."""
+def open_engine(
+    child: Any, path: str, metadata: dict[str, Any], groups: list[int] | None, kv: str = "cpu"
+) -> None:
+    """An engine as LMCache builds one, with our connector to KV in host memory, or with its own to a GPU."""
     import os
 
     os.environ["LMCACHE_TRACK_USAGE"] = "false"
@@ -62,11 +70,13 @@ def open_engine(child: Any, path: str, metadata: dict[str, Any], groups: list[in
     from lmcache.v1.config import LMCacheEngineConfig
     from lmcache.v1.metadata import LMCacheMetadata
 
-    from tests.lmcache.connector import CpuConnector, CpuLayerwiseConnector
+    from tests.lmcache.connector import connector_of
 
     config = LMCacheEngineConfig.from_file(path)
     mla = bool(metadata.get("use_mla"))
     parts, heads, size = (1, 1, HEADS * HEAD_SIZE) if mla else (2, HEADS, HEAD_SIZE)
+    child.kept["shape"] = shape = Shape(kv, LAYERS, parts, heads, size, SLOTS)
+    child.kept["kvcaches"] = None if kv == "cpu" else shape.empty()
     described = LMCacheMetadata(
         **{
             "model_name": MODEL,
@@ -83,14 +93,12 @@ def open_engine(child: Any, path: str, metadata: dict[str, Any], groups: list[in
     )
     if groups is not None:
         described.kv_layer_groups_manager = _Groups(groups, parts, heads * size)
-    shape = (parts, LAYERS, heads * size)
-    connector = CpuLayerwiseConnector(shape) if config.use_layerwise else CpuConnector(shape)
+    connector = connector_of(config, described, shape)
     child.engine = LMCacheEngineBuilder.get_or_create(
         "test", config, described, connector, lambda *_: None, lambda given, _: given
     )
     child.kept["answers"] = answers = _Answers()
     child.engine.post_init(async_lookup_server=answers)
-    child.kept["parts"] = parts
     backends = child.engine.storage_manager.storage_backends
     child.kept["backend"] = backend = backends[config.storage_plugins[0]]
     assert type(backend).__name__ == "VCacheStorageBackend", (
@@ -132,39 +140,9 @@ class _Answers:
             return self._tokens[lookup_id]
 
 
-class Paged:
-    """Paged KV with some tokens' KV in it, or none."""
-
-    def __init__(self, child: Any, tokens: list[int]) -> None:
-        parts, heads, size = (1, 1, HEADS * HEAD_SIZE) if child.kept["parts"] == 1 else (2, HEADS, HEAD_SIZE)
-        layout = KVLayout(
-            num_layers=LAYERS,
-            num_kv_heads=heads,
-            head_size=size,
-            dtype="float32",
-            kv_parts=parts,
-            chunk_tokens=CHUNK_TOKENS,
-        )
-        self.tokens = tokens
-        self._expected = kv_of_tokens(tokens, layout).flatten(3)
-        self.kvcaches = [torch.zeros(parts, SLOTS, heads * size) for _ in range(LAYERS)]
-        self.slot_mapping = torch.randperm(SLOTS)[: len(tokens)]
-
-    def fill(self) -> Paged:
-        for layer, tensor in enumerate(self.kvcaches):
-            tensor.view(torch.int32)[:, self.slot_mapping] = self._expected[layer]
-        return self
-
-    def wrong(self, mask: torch.Tensor) -> int:
-        """How many of the masked tokens have not what they should have."""
-        right = torch.ones(len(self.tokens), dtype=torch.bool)
-        for layer, tensor in enumerate(self.kvcaches):
-            got = tensor.view(torch.int32)[:, self.slot_mapping]
-            right &= (got == self._expected[layer]).all(-1).all(0)
-        return int((mask & ~right).sum())
-
-    def given(self) -> dict[str, Any]:
-        return {"kvcaches": self.kvcaches, "slot_mapping": self.slot_mapping}
+def paged_of(child: Any, tokens: list[int]) -> Paged:
+    """Places for these tokens in the engine's paged KV, emptied; in host memory several threads may ask."""
+    return Paged(child.kept["shape"], tokens, child.kept["kvcaches"])
 
 
 def store(child: Any, seed: int, count: int) -> None:
@@ -173,7 +151,7 @@ def store(child: Any, seed: int, count: int) -> None:
 
 
 def store_tokens(child: Any, tokens: list[int]) -> None:
-    paged = Paged(child, tokens).fill()
+    paged = paged_of(child, tokens).fill()
     if child.engine.use_layerwise:
         for _ in child.engine.store_layer(tokens, req_id="store", **paged.given()):
             pass
@@ -194,7 +172,7 @@ def retrieve(child: Any, seed: int, count: int, name: str = "r") -> tuple[int, i
 
 def retrieve_tokens(child: Any, tokens: list[int], name: str = "r") -> tuple[int, int]:
     engine = child.engine
-    paged = Paged(child, tokens)
+    paged = paged_of(child, tokens)
     if engine.async_loading:
         engine.async_lookup_and_prefetch(name, tokens=tokens, pin=True)
         answer = child.kept["answers"].wait(name)

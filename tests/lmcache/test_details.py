@@ -264,3 +264,18 @@ def test_a_burst_of_lookups_is_answered_at_once_and_bounded(pool: Pool) -> None:
     assert stats["held_chunks"] == stats["promises"] == stats["reads_in_flight"] == stats["failures"] == 0
     worker.call("run", engine.close)
     pool.assert_nothing_leaks()
+
+
+def left_to_a_base_class(child: Any) -> list[str]:
+    """Methods of the backend that only raise, which LMCache's base classes do."""
+    import inspect
+
+    from integration.lmcache_plugin import VCacheStorageBackend
+
+    methods = inspect.getmembers(VCacheStorageBackend, inspect.isfunction)
+    return [name for name, method in methods if "raise NotImplementedError" in inspect.getsource(method)]
+
+
+@pytest.mark.contract
+def test_no_method_is_left_to_a_base_class_that_raises(pool: Pool) -> None:
+    assert pool.start_worker().call("run", left_to_a_base_class) == []

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from typing import Any
 
 import torch
 
-from tests.processes.pool import ROOT, Pool
+from tests.lmcache.server import adapter_of
+from tests.processes.pool import Pool
 from tests.processes.worker import DEADLINE_S, eventually
 
 CHUNKS = 12
 SHAPE = (2, 3, 16, 16)
-
-
-def adapter_of(pool: Pool) -> str:
-    """The L2 adapter's JSON, as on the command line of `lmcache server`."""
-    params = {f"vcache.{field}": value for field, value in pool.client_config().items()}
-    return json.dumps(
-        {
-            "type": "plugin",
-            "module_path": "integration.lmcache_l2_adapter",
-            "class_name": "VCacheL2Adapter",
-            "adapter_params": {**params, "vcache.segment.size": 0},
-        }
-    )
 
 
 def open_storage(child: Any, adapter: str) -> None:
@@ -119,35 +102,4 @@ def test_what_l1_lost_comes_back_also_in_another_process(pool: Pool) -> None:
     pool.start_server()
     for worker in workers:
         worker.call("run", close_storage)
-    pool.assert_nothing_leaks()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def test_lmcache_server_joins_the_pool(pool: Pool) -> None:
-    pool.start_holder(size="8MiB")
-    ports = [str(_free_port()) for _ in range(3)]
-    command = [sys.executable, "-m", "lmcache.cli.main", "server", "--l1-size-gb", "0.05", "--no-l1-use-lazy"]
-    command += ["--port", ports[0], "--http-port", ports[1], "--prometheus-port", ports[2]]
-    command += ["--eviction-policy", "LRU", "--l2-adapter", adapter_of(pool)]
-    environment = {**pool.environment(), "LMCACHE_TRACK_USAGE": "false", "LMCACHE_DISABLE_BANNER": "1"}
-    log = pool.path.parent / "lmcache-server.log"
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **environment}, stdout=output, stderr=output
-        )
-    try:
-
-        def joined(pool: Pool) -> bool:
-            assert server.poll() is None, log.read_text()[-3000:]
-            return any(row.name.startswith("lmcache-mp") for row in pool.statistics().sessions)
-
-        pool.eventually(joined, "its session")
-    finally:
-        server.kill()
-        server.wait(DEADLINE_S)
     pool.assert_nothing_leaks()

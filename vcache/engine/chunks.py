@@ -30,6 +30,7 @@ from vcache.errors import RemoteProtocolError
 from vcache.layout import KVLayout
 from vcache.limits import FORM_BYTES, KEYS_PER_REQUEST_MAX, TIER_LOAD_CHUNKS_MAX
 from vcache.protocol import EXTENT, Outcome
+from vcache.segment.pinning import Registrar
 from vcache.tiers import Found, Tier
 
 
@@ -79,12 +80,15 @@ class Chunks:
         tier_queue_chunks: int = 1,
         write_back: bool = False,
         synchronise: Callable[[], None] = lambda: None,
+        registrar: Registrar | None = None,
     ) -> None:
         """synchronise: waits until what was launched into drafts has really been written. write_back: as
         `tiers.policy` of the configuration.
+
+        registrar: makes host memory reachable for the application's GPU; where it cannot, chunks are misses.
         """
         self.counters = counters
-        self._pool = Pool(client, counters, layout, model, device)
+        self._pool = Pool(client, counters, layout, model, device, registrar)
         self._lower = LowerTiers(tiers, layout.fingerprint, counters)
         self._queue = TierQueues(self._pool, self._lower, tier_queue_chunks, counters) if tiers else None
         self._write_back = WriteBack(client, self._queue) if self._queue is not None and write_back else None

@@ -6,6 +6,8 @@ import logging
 import mmap
 from collections.abc import Callable
 
+import msgspec
+
 from vcache.client import Client
 from vcache.config import Config
 from vcache.engine.moving import SegmentMover
@@ -42,9 +44,13 @@ class Lending:
         if config.segment.size != "auto":
             self._first = self._allocate()
 
-    def client(self, name: str) -> Client:
-        """A session that lends the segment, and makes the copies to and from it that the server wants."""
-        client = Client(self._config, name=name, new_segment=self.source, rank=self._config.segment.rank)
+    def client(self, name: str, device: str | None = None) -> Client:
+        """A session that lends the segment, and makes the copies to and from it that the server wants.
+
+        device: that peers' segments are mapped for; None: the one that the segment is on.
+        """
+        config = msgspec.structs.replace(self._config, device=device or self._config.device)
+        client = Client(config, name=name, new_segment=self.source, rank=config.segment.rank)
         if self.source is not None:
             SegmentMover(client, self._device)
         return client

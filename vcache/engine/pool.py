@@ -20,6 +20,7 @@ from vcache.layout import KVLayout
 from vcache.limits import HOLDER_SEARCH_INTERVAL_S, LABEL_BYTES_MAX, SAVE_LOOK_S, SAVE_WAIT_S
 from vcache.protocol import Extents, SegmentRow
 from vcache.segment import SegmentMemory, device_label
+from vcache.segment.pinning import Registrar
 
 Answer = TypeVar("Answer")
 
@@ -27,7 +28,16 @@ Answer = TypeVar("Answer")
 class Pool:
     """One layout's and model's chunks in the pool. Thread-safe; raises only EngineClosed, ForkedProcess."""
 
-    def __init__(self, client: Client, counters: Counters, layout: KVLayout, model: str, device: str) -> None:
+    def __init__(
+        self,
+        client: Client,
+        counters: Counters,
+        layout: KVLayout,
+        model: str,
+        device: str,
+        registrar: Registrar | None = None,
+    ) -> None:
+        """registrar: host memory is within reach only when it is registered with this."""
         self._client = client
         self._counters = counters
         self._layout = layout
@@ -35,6 +45,7 @@ class Pool:
         self._model = model
         self._namespace = namespace(model)
         self._device = device
+        self._registrar = registrar
         self._label = ""
         self._holder = 0
         self._holder_known_until_s = 0.0
@@ -199,6 +210,12 @@ class Pool:
             self._counters.failed(Cause.DEAD_HOLDER, "a segment is out of reach", segment=number)
             return None
         borrows.enter_context(borrow)
+        if self._registrar is not None:
+            try:
+                segment.register(self._registrar)
+            except SegmentError as error:
+                self._counters.failed(Cause.OTHER_MEMORY, error, segment=number)
+                return None
         return segment
 
     def _view(self, segment: SegmentMemory | None, offset: int, size: int, kind: str | None) -> Tensor | None:

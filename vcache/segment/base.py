@@ -21,6 +21,8 @@ from vcache.segment.header import DATA_OFFSET, SegmentDescriptor, encode_descrip
 if TYPE_CHECKING:
     import torch
 
+    from vcache.segment.pinning import Registrar
+
 _log = logging.getLogger(__name__)
 
 
@@ -80,6 +82,7 @@ class SegmentMemory(ABC):
         self._ending = False
         self._gone = False
         self._tensor: torch.Tensor | None = None
+        self._registered: Callable[[], None] | SegmentError | None = None
 
     def view(self, offset: int, length: int) -> torch.Tensor:
         """The bytes of one extent, as a 1-D uint8 tensor over the memory itself; no copy.
@@ -131,6 +134,24 @@ class SegmentMemory(ABC):
                 return None
             self._borrows += 1
         return Borrow(self)
+
+    def register(self, registrar: Registrar) -> None:
+        """Have host memory registered, once, until it is unmapped; on a GPU there is nothing to do.
+
+        Raises SegmentError if that failed, now or before, or if the memory is gone.
+        """
+        place = self._host_memory()
+        if place is None or callable(self._registered):
+            return
+        with self._state:
+            self._check_there()
+            if self._registered is None:
+                try:
+                    self._registered = registrar(*place)
+                except SegmentError as error:
+                    self._registered = error
+            if isinstance(self._registered, SegmentError):
+                raise self._registered
 
     @property
     def borrows(self) -> int:
@@ -204,6 +225,8 @@ class SegmentMemory(ABC):
         self._gone = True
         self._tensor = None
         try:
+            if callable(self._registered):
+                self._registered()
             self._free()
         except SegmentError:
             # Nobody can handle it where a copy ends. Importers do not acknowledge, and die holding it.
@@ -212,6 +235,10 @@ class SegmentMemory(ABC):
         finally:
             self._state.notify_all()
         return True
+
+    def _host_memory(self) -> tuple[int, int] | None:
+        """Address and bytes of the mapping; None if it is no host memory."""
+        return None
 
     @abstractmethod
     def _whole(self) -> torch.Tensor:

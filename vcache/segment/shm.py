@@ -71,6 +71,9 @@ class ShmSegment(Segment):
     def _fd(self) -> int:
         return self._file
 
+    def _host_memory(self) -> tuple[int, int]:
+        return self._mapping.address, self._mapping.size
+
     def _whole(self) -> torch.Tensor:
         return self._mapping.tensor()
 
@@ -121,6 +124,9 @@ class MappedShmSegment(MappedSegment):
             mapping.unmap()
             raise
         return cls(descriptor, mapping)
+
+    def _host_memory(self) -> tuple[int, int]:
+        return self._mapping.address, self._mapping.size
 
     def _whole(self) -> torch.Tensor:
         return self._mapping.tensor()

@@ -2,8 +2,9 @@
 
     python -m integration.lmcache.bench.worker CONFIG.yaml     (LMCache's own configuration file)
 
-{"do": "store" | "retrieve" | "lookup" | "clear"} → {"seconds": …, "tokens": …}. The KV is Llama-3-8B's: 32
-layers, 8 heads of 128, bf16, paged per layer [K/V, slot, hidden] in host memory.
+{"do": "store" | "retrieve" | "lookup" | …, "prompt": number} → {"seconds": …, "tokens": …}. The KV is
+Llama-3-8B's: 32 layers, 8 heads of 128, bf16, paged per layer [K/V, slot, hidden] in host memory; it is the
+same for every prompt and in every process.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
@@ -24,6 +26,9 @@ CHUNKS: Final = 8
 TOKENS: Final = CHUNKS * CHUNK_TOKENS
 BYTES: Final = TOKENS * LAYERS * 2 * HEADS * HEAD_SIZE * 2
 
+_STORED_S: Final = 30.0
+"""What is not there after that is not stored."""
+
 
 def main() -> None:
     """Serve until standard input ends."""
@@ -34,6 +39,7 @@ def main() -> None:
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
+        subject.select(asked["prompt"])
         begin = time.perf_counter()
         tokens = getattr(subject, asked["do"])()
         answer = {"seconds": time.perf_counter() - begin, "tokens": tokens}
@@ -65,24 +71,33 @@ class Subject:
             "bench", config, metadata, _connector(), lambda *_: None, lambda given, _: given
         )
         self._engine.post_init(async_lookup_server=None)
-        wanted = set(config.storage_plugins or ())
-        if missing := wanted - set(self._engine.storage_manager.storage_backends):
-            raise RuntimeError(f"LMCache did not load {missing}")
         self._backends = self._engine.storage_manager.storage_backends
-        self._tokens = list(range(TOKENS))
-        self._given: dict[str, Any] = {
-            "kvcaches": [torch.rand(2, TOKENS, HEADS * HEAD_SIZE).bfloat16() for _ in range(LAYERS)],
-            "slot_mapping": torch.arange(TOKENS),
-        }
+        wanted = set(config.storage_plugins or ())
+        if config.local_disk:
+            wanted.add("LocalDiskBackend")
+        if config.remote_url:
+            wanted.add("RemoteBackend")
+        if missing := wanted - set(self._backends):  # LMCache only logs it
+            raise RuntimeError(f"LMCache did not load {missing}, only {set(self._backends)}")
+        self._tokens: list[int] = []
+        self._kvcaches = list(_content())
+        self._given = {"kvcaches": self._kvcaches, "slot_mapping": torch.arange(TOKENS)}
+
+    def select(self, prompt: int) -> None:
+        """What is told next is about this prompt."""
+        self._tokens = list(range(prompt * TOKENS, (prompt + 1) * TOKENS))
 
     def store(self) -> int:
         """Store the prompt; what a backend does behind the call counts, too."""
         self._engine.store(self._tokens, req_id="s", **self._given)
         keys = [key for _, _, key in self._engine.token_database.process_tokens(tokens=self._tokens)]
+        until_s = time.monotonic() + _STORED_S
         for backend in self._backends.values():
-            while any(backend.exists_in_put_tasks(key) for key in keys):
+            while any(backend.exists_in_put_tasks(key) for key in keys) and time.monotonic() < until_s:
                 time.sleep(0.0005)
-        return TOKENS
+        while (tokens := self.lookup()) < TOKENS and time.monotonic() < until_s:  # not all say what they do
+            time.sleep(0.0005)
+        return tokens
 
     def retrieve(self) -> int:
         """Retrieve it; how many tokens were hit."""
@@ -97,6 +112,19 @@ class Subject:
                 memory.ref_count_down()
                 loaded += end - begin
         return loaded
+
+    def blank(self) -> int:
+        """Empty the paged KV."""
+        for layer in self._kvcaches:
+            layer.zero_()
+        return 0
+
+    def verify(self) -> int:
+        """Of how many tokens the paged KV is what it should be."""
+        right = torch.ones(TOKENS, dtype=torch.bool)
+        for layer, wanted in zip(self._kvcaches, _content(), strict=True):
+            right &= (layer == wanted).all(-1).all(0)
+        return int(right.sum())
 
     def lookup(self) -> int:
         """Look it up; how many tokens are there."""
@@ -121,6 +149,13 @@ class Subject:
         from lmcache.v1.cache_engine import LMCacheEngineBuilder
 
         LMCacheEngineBuilder.destroy("bench")
+
+
+def _content() -> Iterator[torch.Tensor]:
+    """The KV of every prompt, layer by layer."""
+    random = torch.Generator().manual_seed(0)
+    for _ in range(LAYERS):
+        yield torch.rand(2, TOKENS, HEADS * HEAD_SIZE, generator=random).bfloat16()
 
 
 def _connector() -> Any:
