@@ -23,7 +23,7 @@ from typing import Any, Final
 
 import torch
 
-from benchmarks.lmcache_backends import Worker
+from benchmarks.lmcache_contestants import Worker
 from benchmarks.report import (
     ROOT,
     Figure,
@@ -224,8 +224,8 @@ def _beside_lmcache(
     ours.after_puts = int
 
     def put() -> float:
-        worker.do("clear")
-        return worker.do("store", TOKENS)
+        worker.do("clear", 0)
+        return worker.do("store", 0, TOKENS)
 
     def drop(get: Callable[[], float]) -> Callable[[], float]:
         def run() -> float:
@@ -235,7 +235,7 @@ def _beside_lmcache(
         return run
 
     def load() -> float:
-        return worker.do("load_from_disk", TOKENS)
+        return worker.do("load_from_disk", 0, TOKENS)
 
     for _ in range(2):  # it imports and allocates
         put()
