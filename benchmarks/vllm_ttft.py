@@ -191,7 +191,7 @@ def _hits(
                 where.only(at)
                 if at == port:
                     forget(port)
-                complete(at, [length, turn, number], max_tokens=1)
+                complete(at, [3, 4 + turn, 5 + number], max_tokens=1)
                 seconds[each] = _hit(at, prompt, whole=whole or each == FLOOR)
             if number:  # the first round warms up
                 figures.over_s[name, length].append(seconds[name] - seconds[FLOOR])
