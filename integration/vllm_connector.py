@@ -132,7 +132,7 @@ class VCacheConnector(KVConnectorBase_V1, SupportsHMA):
     @guarded(lambda: False)
     def has_pending_block_frees(self) -> bool:
         """Whether blocks come back soon, so that nobody need be preempted for some."""
-        return self._scheduler is not None and self._scheduler.busy
+        return self._scheduler is not None and self._scheduler.frees_blocks
 
     @guarded(lambda: ())
     def take_events(self) -> Iterable[Any]:

@@ -57,8 +57,17 @@ class Fetches:
         return ordered, forget
 
     def begin(self, tracked: Tracked, first: int, end: int) -> bool:
-        """Order chunks `first` … `end` - 1 of a request, unless that was done; whether it has to wait."""
-        if not self._enabled or self.busy or first >= end or tracked.fetched_from == first:
+        """Order chunks `first` … `end` - 1 of a request; whether it has to wait.
+
+        Not while tiers are emptied, nor chunks that were ordered before, which the pool may have lost again
+        meanwhile, nor once the request has waited for `patience_s` in all.
+        """
+        if not self._enabled or self.busy or first >= end or first <= tracked.fetched_from:
+            return False
+        now_s = time.monotonic()
+        if tracked.fetched_from < 0:
+            tracked.fetch_deadline_s = now_s + self._patience_s
+        elif now_s >= tracked.fetch_deadline_s:
             return False
         tracked.fetched_from = first
         chunks = range(first, min(end, first + PREFETCH_CHUNKS_MAX))
@@ -70,7 +79,7 @@ class Fetches:
             for at, group in enumerate(self._groups)
         )
         self._last += 1
-        self._running[self._last] = _Fetching(self._ranks, time.monotonic() + self._patience_s)
+        self._running[self._last] = _Fetching(self._ranks, tracked.fetch_deadline_s)
         self._ordered.append(Fetch(self._last, parts))
         tracked.fetch = self._last
         return True
@@ -90,10 +99,13 @@ class Fetches:
             tracked.fetch = None
 
     def forget(self) -> None:
-        """Have workers forget what they keep below, and fetch nothing until they have."""
-        if self._enabled:
+        """Have workers forget what they keep below, and fetch nothing until they have, each time that it was
+        ordered.
+        """
+        self._ordered = []
+        if self._enabled and not self._forget:
             self._forget = True
-            self._forgetting = self._ranks
+            self._forgetting += self._ranks
 
     def reported(self, report: Report) -> None:
         """Workers are through with orders."""

@@ -305,7 +305,12 @@ class SchedulerHalf:
     @property
     def busy(self) -> bool:
         """Whether workers have to be heard although no request needs them."""
-        return self._captures.busy or self._fetches.busy
+        return self.frees_blocks or self._fetches.busy
+
+    @property
+    def frees_blocks(self) -> bool:
+        """Whether blocks come back once saves that are under way have been reported."""
+        return self._captures.busy
 
     def reset(self) -> bool:
         """Never find again what was stored until now; False if that cannot be promised now."""

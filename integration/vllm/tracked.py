@@ -16,7 +16,8 @@ class Tracked:
 
     adapter: the identity of its LoRA adapter, "" without one. search: a question to the pool under way.
     pinned: what it may load. missed_at_s: when the pool had nothing for it last. fetch: the order to bring
-    chunks up from lower tiers that it waits for; fetched_from: the first chunk of its last such order.
+    chunks up from lower tiers that it waits for; fetched_from: the first chunk of its last such order, -1 if
+    there was none since it was admitted; fetch_deadline_s: until when it waits for all of them.
     computed_tokens: what vLLM has itself. limit: the first chunk that did not arrive, of which on nothing is
     loaded for it. loaded: chunks that come from the pool. captured_to, captured: chunks on their way there.
     first_scheduled, scheduled: its tokens in the first step since it was admitted last, and in all of them.
@@ -30,6 +31,7 @@ class Tracked:
     missed_at_s: float = float("-inf")
     fetch: int | None = None
     fetched_from: int = -1
+    fetch_deadline_s: float = float("-inf")
     computed_tokens: int = 0
     limit: int | None = None
     loaded: range = range(0)

@@ -17,6 +17,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 from vllm.v1.request import RequestStatus
 
+from integration.vllm import fetches as fetches_module
 from integration.vllm import identity, keys
 from integration.vllm import worker as worker_module
 from integration.vllm.events import StoredEvents
@@ -383,6 +384,61 @@ def test_nothing_is_fetched_after_a_reset_before_the_tiers_are_empty() -> None:
     assert not half.busy
     half.new_request(other)
     assert ask(half, other) is None and len(fetch_of(half)) == 1
+
+
+def test_tiers_that_are_to_be_emptied_twice_are_not_asked_in_between() -> None:
+    half = Scheduling(has_tiers=True)
+    assert half.reset() and half.step({}).forget
+    assert half.reset() and half.step({}).forget
+    half.reported(Report(forgotten=1))  # the first time; what was stored in between is still there
+    one = request_of("one", 102)
+    half.new_request(one)
+    assert half.busy and ask(half, one) == 0 and fetch_of(half) == []
+    half.reported(Report(forgotten=1))
+    assert not half.busy
+
+
+def test_a_reset_takes_back_what_was_to_be_fetched() -> None:
+    half = Scheduling(has_tiers=True)
+    one = request_of("one", 102)
+    half.new_request(one)
+    assert ask(half, one) is None
+    assert half.reset()
+    orders = half.step({})
+    assert orders.forget and orders.fetches == []
+    assert ask(half, one) == 0
+
+
+def test_what_a_full_pool_loses_again_is_not_brought_up_for_ever() -> None:
+    half = Scheduling(has_tiers=True)
+    one = request_of("one", 102)
+    half.new_request(one)
+    half.answers = [(0, at) for at in (0, 3, 0, 3, 0, 3)]  # whatever comes up, something else has to go
+    rounds = 0
+    while ask(half, one) is None:
+        for fetch in fetch_of(half):
+            rounds += 1
+            assert rounds < 6
+            brought(half, fetch.id, 1)
+
+
+def test_a_request_waits_once_for_all_that_is_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    half, now_s = Scheduling(has_tiers=True), [0.0]
+    monkeypatch.setattr(fetches_module, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    one = request_of("one", 102)
+    half.new_request(one)
+    half.answers = [(0, at) for at in range(6)]  # a slow tier: a chunk at a time
+    while ask(half, one) is None:
+        now_s[0] += 0.9
+        assert now_s[0] < 3, "that is more than fetch_deadline_ms, and a round"
+        for fetch in fetch_of(half):
+            brought(half, fetch.id, 1)
+
+
+def test_emptying_tiers_frees_no_blocks() -> None:
+    half = Scheduling(has_tiers=True)
+    assert half.reset()
+    assert half.busy and not half.frees_blocks
 
 
 def test_a_request_that_ends_waits_for_nothing() -> None:
