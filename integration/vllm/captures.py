@@ -70,6 +70,7 @@ class Captures:
         end = min(tokens // groups.chunk_tokens, len(request.block_hashes) // groups.hashes_per_chunk)
         of_groups = [tables[group.index] for group in groups]
         per_chunk = [group.pages_in(groups.chunk_tokens) for group in groups]
+        taken: list[Captured] = []
         pages: list[int] = []
         for chunk in range(tracked.captured_to, end):
             if chunk in tracked.loaded:
@@ -84,9 +85,10 @@ class Captures:
                 self._counters.failed(Cause.ASYNC_LIMIT, "too many blocks wait to be stored to store more")
                 continue
             pages += of_chunk
-            tracked.captured.append(captured)
+            taken.append(captured)
         if pages:
             self._pins.pin(pages)
+            tracked.captured += taken
         tracked.captured_to = max(tracked.captured_to, end)
 
     def confirm(self, tracked: Tracked) -> None:

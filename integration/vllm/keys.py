@@ -28,7 +28,7 @@ class ChunkKeys:
         self._places = set(places_of(groups, vllm_config.parallel_config))
         self._private = private
         self._nonce = secrets.token_bytes(KEY_BYTES) if private else b""
-        self._chains: dict[tuple[Place, int, str], KeyChain] = {}
+        self._chains: dict[tuple[bytes, Place, int, str], KeyChain] = {}
         self._loras: dict[tuple[int, str], tuple[str, str]] = {}
         self.identities: dict[Place, Identity] = {}
 
@@ -88,13 +88,14 @@ class ChunkKeys:
         return {place: tuple(self.keys(hashes, chunks, group, place, adapter)) for place in self.identities}
 
     def _chain(self, place: Place, group: int, adapter: str) -> KeyChain:
-        chain = self._chains.get((place, group, adapter))
+        nonce = self._nonce  # another thread may draw a new one meanwhile
+        chain = self._chains.get((nonce, place, group, adapter))
         if chain is None:
             identity = self.identities[place]
             rank = place[0] * _RANKS_PER_STAGE + place[1]
-            salt = join_fields([*hashing(self._vllm_config), self._nonce])
+            salt = join_fields([*hashing(self._vllm_config), nonce])
             chain = KeyChain(identity.fingerprints[group], identity.identities[group], rank, salt, adapter)
-            self._chains[place, group, adapter] = chain
+            self._chains[nonce, place, group, adapter] = chain
         return chain
 
 

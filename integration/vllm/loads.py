@@ -158,7 +158,9 @@ class Loads:
         loading.pinned.release()
         end = loading.tokens.stop
         if loading.failed is not None:
-            end = min(end, max(loading.tokens.start, loading.failed * self._groups.chunk_tokens))
+            # Of an asynchronous one vLLM takes all or nothing.
+            came = 0 if self.is_async else loading.failed * self._groups.chunk_tokens
+            end = min(end, max(loading.tokens.start, came))
             self._observed.add(failed_loads=1)
             request = loading.tracked.request.request_id
             _log.warning(Line("a load failed", request=request, chunk=loading.failed))

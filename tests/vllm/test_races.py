@@ -41,6 +41,7 @@ from integration.vllm.settings import Settings
 from integration.vllm.worker import WorkerHalf, _GroupHalf
 from vcache.engine.stats import Counters
 from vcache.errors import ArgumentError
+from vcache.keys import KeyChain
 from vcache.protocol import EXTENT
 
 BLOCK = 16
@@ -61,7 +62,7 @@ class Pool:
 class Scheduling(SchedulerHalf):
     """The scheduler's half over vLLM's block pool; its searches find what the test says."""
 
-    def __init__(self, *, private: bool = False, has_tiers: bool = False) -> None:
+    def __init__(self, *, private: bool = False, has_tiers: bool = False, load_async: bool = False) -> None:
         self.pool: Any = Pool()
         self.pages = PagePins(0.5, BlockPool(64, True, BLOCK))
         self.answers: list[tuple[int, int]] = []
@@ -76,6 +77,7 @@ class Scheduling(SchedulerHalf):
             pins=self.pages,
             events=StoredEvents(GROUPS, enabled=False),
             ranks=1,
+            load_async=load_async,
             has_tiers=has_tiers,
         )
         self.saves: list[Save] = []
@@ -280,7 +282,45 @@ def test_vllm_keeps_a_good_load_in_its_own_cache() -> None:
     assert half.cached(one, 6) == [True] * 6
 
 
+def async_load(half: Scheduling, tokens: int) -> tuple[Any, int]:
+    """A request waits for so many tokens."""
+    one = request_of("one", 102)
+    half.admit(one, FIRST, tokens)
+    one.num_computed_tokens = tokens
+    return one, half.step({"one": FIRST}).loads[0].id
+
+
+def test_an_asynchronous_load_that_failed_was_no_hit() -> None:
+    half = Scheduling(load_async=True)
+    one, load = async_load(half, 64)
+    fail(half, load, 2)
+    taken = half.observed.take()
+    assert taken is not None and taken.data["failed_loads"] == 1 and not taken.data.get("hit_tokens")
+    one.num_computed_tokens = 0  # vLLM takes nothing of it, and asks anew
+    half.answers = [(0, 2)]
+    assert half.matched_tokens(one, 0) == (32, True)
+    half.allocated(one, (FIRST,), 32)
+    half.reported(Report(loads=Counter({half.step({"one": FIRST}).loads[0].id: 1})))
+    taken = half.observed.take()
+    assert taken is not None and taken.data["hit_tokens"] == 32
+
+
 # -- a reset
+
+
+def test_keys_that_are_made_during_a_reset_are_not_found_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, hashes = made_keys(private=True), request_of("one", 102).block_hashes
+
+    def chain(*arguments: Any) -> KeyChain:
+        if not made._chains and not rotated:
+            rotated.append(True)
+            made.rotate()  # in another thread
+        return KeyChain(*arguments)
+
+    rotated: list[bool] = []
+    monkeypatch.setattr(keys, "KeyChain", chain)
+    before = made.keys(hashes, [0], 0, PLACE, "")
+    assert rotated and made.keys(hashes, [0], 0, PLACE, "") != before
 
 
 @pytest.mark.parametrize("private", [True, False])
