@@ -404,6 +404,26 @@ def test_a_full_queue_drops_and_counts(pool: Pool) -> None:
         assert load(engine, 42, 6 * CHUNK) == [True] * 6 * CHUNK
 
 
+def test_what_is_being_written_below_is_forgotten_too(pool: Pool) -> None:
+    writing, go = threading.Event(), threading.Event()
+
+    class Held(MemoryTier):
+        def put(self, key: bytes, chunk: torch.Tensor, layout: bytes, expires_ms: int = 0) -> bool:
+            writing.set()
+            assert go.wait(DEADLINE_S)
+            return super().put(key, chunk, layout, expires_ms)
+
+    tier = Held(1 << 20)
+    with make(pool, tiers=[tier], size="1MiB") as engine:
+        store(engine, 43, 3 * CHUNK)
+        assert writing.wait(DEADLINE_S)
+        engine.clear()
+        go.set()
+        assert engine.flush_tiers(DEADLINE_S)
+        assert len(tier) == 0
+        assert engine.lookup(prompt(43, 3 * CHUNK)) == 0
+
+
 # -- when things go wrong
 
 

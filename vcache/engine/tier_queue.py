@@ -58,6 +58,7 @@ class TierQueue:
         self._capacity_chunks = capacity_chunks
         self._expires_ms = expires_ms
         self._waiting: deque[_Waiting] = deque()
+        self._writing: list[bytes] = []
         self._forgotten: set[bytes] = set()
         self._chunks = 0
         self._ending = False
@@ -118,11 +119,11 @@ class TierQueue:
         end(0)
 
     def forget(self, keys: Sequence[bytes] | None) -> None:
-        """See to it that these chunks (None: all that wait) are not in the tier in the end."""
+        """See to it that these chunks (None: all that are on their way) are not in the tier in the end."""
         with self._changed:
             if self._chunks:
-                waiting = [key for each in self._waiting for key in each.keys] if keys is None else keys
-                self._forgotten.update(waiting)
+                coming = [key for each in self._waiting for key in each.keys] + self._writing
+                self._forgotten.update(coming if keys is None else keys)
 
     def remove(self, key: bytes) -> None:
         """Forget a chunk in the tier itself."""
@@ -165,6 +166,7 @@ class TierQueue:
                 if not self._waiting:
                     return
                 waiting = self._waiting.popleft()
+                self._writing = waiting.keys
             kept = 0
             try:
                 kept = self._write(waiting)
@@ -179,6 +181,7 @@ class TierQueue:
             finally:
                 with self._changed:
                     self._chunks -= len(waiting.keys)
+                    self._writing = []
                     if not self._chunks:
                         self._forgotten.clear()
                     self._changed.notify_all()
