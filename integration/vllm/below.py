@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Sequence
 
@@ -14,6 +16,8 @@ from vcache.engine.tier_queue import TierQueues
 from vcache.layout import KVLayout
 from vcache.tiers import Tier
 
+_log = logging.getLogger("vcache.integration.vllm")
+
 
 class Below:
     """Thread-safe; whatever goes wrong below is a miss, counted. The tiers stay the caller's to close.
@@ -25,10 +29,16 @@ class Below:
         self, pool: Pool, tiers: Sequence[Tier], layout: KVLayout, counters: Counters, config: Config
     ) -> None:
         deadline_s = config.tiers.deadline_ms / 1e3
+        self._pool = pool
         self._lower = LowerTiers(tiers, layout.fingerprint, counters, deadline_s=deadline_s)
         chunks, ttl_s = config.engine.tier_queue_chunks, config.server.default_ttl_s
         self.queue = TierQueues(pool, self._lower, chunks, counters, ttl_s=ttl_s)
         self._prefetch = Prefetch(pool, self._lower, layout.chunk_bytes, counters)
+        self._guard = threading.Lock()
+        self._forgotten = 0
+        self._forgetting = 0
+        self._emptying = threading.Lock()
+        self._is_stale = False
 
     def bring(self, keys: Sequence[bytes], *, leading: bool, within_s: float) -> int:
         """Have those chunks that a tier has loaded into the pool; how many it has. Returns when they are
@@ -37,23 +47,46 @@ class Below:
         leading: only those before the first that no tier has.
         """
         deadline_s = time.monotonic() + within_s
+        forgotten = self._forgotten
+        if self._is_stale and not self._empty():
+            return 0
         there = self._lower.contains(keys)
         if leading:
             there = there[: there.index(False)] if False in there else there
         wanted = [key for key, is_there in zip(keys, there, strict=False) if is_there]
-        self._prefetch.want(wanted)
+        with self._guard:
+            if self._forgetting or self._forgotten != forgotten:  # what was found is of before
+                return 0
+            self._prefetch.want(wanted)
         for key in wanted:
             self._prefetch.wait_for(key, max(0.0, deadline_s - time.monotonic()))
         return len(wanted)
 
     def forget(self) -> None:
-        """Forget all that the tiers have, of every model, and what is on its way to and from them."""
-        self._prefetch.forget(None)
-        self.queue.forget(None)
-        self._lower.clear()
+        """Forget all that the tiers have, of every model, and what is on its way to and from them; with what
+        has come up meanwhile the pool forgets all chunks of this one. Nothing is brought from tiers that
+        cannot be emptied now before they are.
+        """
+        with self._guard:
+            self._forgotten += 1
+            self._forgetting += 1
+        try:
+            self._prefetch.forget(None)
+            self.queue.forget(None)
+            self._pool.clear()
+            if not self._empty():
+                _log.warning("a lower tier was not emptied; nothing is brought up before it is")
+        finally:
+            with self._guard:
+                self._forgetting -= 1
 
     def close(self) -> None:
         """Wait, bounded, for what is under way."""
         self._prefetch.close()
         self.queue.close()
         self._lower.close()
+
+    def _empty(self) -> bool:
+        with self._emptying:
+            self._is_stale = not self._lower.clear()
+            return not self._is_stale

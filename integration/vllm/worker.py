@@ -57,6 +57,11 @@ _MAP_AGAIN_S = 5.0
 _FETCH_THREADS = 2
 """A lower tier that is slow to answer for one request holds up one of them."""
 
+_FETCH_BEGINS_S = 2.0
+"""A fetch that has waited longer than this, and than a request waits for it, is given up: prompts come faster
+than the tiers answer, and what waits here would be more and more.
+"""
+
 _NO_KEY = bytes(KEY_BYTES)
 
 
@@ -203,6 +208,7 @@ class WorkerHalf:
 
     def close(self) -> None:
         """Wait for running copies, then leave the pool."""
+        self._fetcher.shutdown(wait=False, cancel_futures=True)
         self._loader.shutdown(wait=True)
         self._saver.shutdown(wait=True)
         if self._write_back is not None:
@@ -210,7 +216,7 @@ class WorkerHalf:
         for half in self._halves:
             if half.below is not None:
                 half.below.close()  # ends what a fetch waits for
-        self._fetcher.shutdown(wait=True, cancel_futures=True)
+        self._fetcher.shutdown(wait=True)
         for tier in self._tiers:
             tier.close()
         if self._client is not None:
@@ -336,24 +342,29 @@ class WorkerHalf:
     def _start_fetches(self, orders: Orders) -> None:
         """Begin to bring chunks up; requests that want them are not scheduled yet."""
         with self._changed:
-            self._fetches_running += len(orders.fetches)
+            self._fetches_running += len(orders.fetches) + orders.forget
+        began_s = time.monotonic()
         for fetch in orders.fetches:
             try:
-                self._fetcher.submit(self._fetch, fetch)
+                self._fetcher.submit(self._fetch, fetch, began_s)
             except RuntimeError:  # closed
                 self._fetched(fetch, 0)
         if orders.forget:
-            with suppress(RuntimeError):
+            try:
                 self._fetcher.submit(self._forget)
+            except RuntimeError:  # closed
+                self._forgot()
 
-    def _fetch(self, fetch: Fetch) -> None:
+    def _fetch(self, fetch: Fetch, began_s: float) -> None:
         brought = 0
         try:
-            within_s = self._configured.settings.fetch_deadline_ms / 1e3
-            for part in fetch.parts:
+            patience_s = self._configured.settings.fetch_deadline_ms / 1e3
+            is_late = time.monotonic() - began_s > max(patience_s, _FETCH_BEGINS_S)
+            for part in () if is_late else fetch.parts:
                 below = self._halves[part.group].below
                 if below is not None:
                     keys = part.keys[self._place]
+                    within_s = max(0.0, began_s + patience_s - time.monotonic())
                     brought += below.bring(keys, leading=part.leading, within_s=within_s)
         except Exception as error:  # of ours or a tier's: a miss
             _log.exception("nothing was fetched from lower tiers")
@@ -376,9 +387,13 @@ class WorkerHalf:
         except Exception:
             _log.exception("lower tiers were not emptied")
         finally:
-            with self._changed:
-                self._done.report.forgotten = 1
-                self._changed.notify_all()
+            self._forgot()
+
+    def _forgot(self) -> None:
+        with self._changed:
+            self._fetches_running -= 1
+            self._done.report.forgotten += 1
+            self._changed.notify_all()
 
     # -- saves
 

@@ -511,6 +511,39 @@ def test_a_worker_brings_up_its_own_chunks_and_says_how_many(working: Any) -> No
     assert report.fetches == {7: 1} and report.fetched == {7: 2} and report.forgotten == 1
 
 
+def test_a_worker_says_each_time_that_it_has_forgotten(working: Any) -> None:
+    worker = working(below=SimpleNamespace(forget=lambda: None, close=lambda: None))
+    for _ in range(2):
+        worker.start_loads(Orders(forget=True))
+    worker.settle()
+    worker.results()
+    assert worker.report().forgotten == 2 and worker._fetches_running == 0
+    worker.start_loads(Orders(forget=True))  # ended: nobody waits
+    worker.results()
+    assert worker.report().forgotten == 1 and worker._fetches_running == 0
+
+
+def test_steps_wait_a_little_while_tiers_are_emptied(working: Any) -> None:
+    go = threading.Event()
+    worker = working(below=SimpleNamespace(forget=lambda: go.wait(30), close=lambda: None))
+    worker.start_loads(Orders(forget=True, idle=True))
+    assert worker._fetches_running == 1
+    go.set()
+    worker.settle()
+    worker.results()
+    assert worker.report().forgotten == 1
+
+
+def test_a_fetch_that_has_waited_too_long_is_given_up(working: Any) -> None:
+    worker = working(below=SimpleNamespace(close=lambda: None))
+    worker._fetches_running += 1
+    worker._fetch(Fetch(7, (FetchPart(0, {PLACE: (b"k" * 32,)}, True),)), float("-inf"))
+    worker.results()
+    report = worker.report()
+    assert report.fetches == {7: 1} and report.fetched == {7: 0}
+    assert worker._counters.snapshot()["failed_tier"] == 0
+
+
 def test_a_tier_that_fails_is_a_miss(working: Any) -> None:
     def bring(keys: Any, *, leading: bool, within_s: float) -> int:
         raise OSError("no disk")

@@ -91,10 +91,10 @@ class LowerTiers:
         """Forget chunks in every tier; how many copies there were."""
         return sum(calls.ask(partial(calls.tier.remove, list(keys)), 0) for calls in self._calls)
 
-    def clear(self) -> None:
-        """Forget all chunks in every tier."""
-        for calls in self._calls:
-            calls.ask(calls.tier.clear, None)
+    def clear(self) -> bool:
+        """Forget all chunks in every tier; whether every tier has."""
+        cleared = [calls.ask(partial(_cleared, calls.tier), False) for calls in self._calls]
+        return all(cleared)
 
     def close(self) -> None:
         """Make no more calls; the tiers themselves stay open."""
@@ -148,6 +148,11 @@ class OneTier:
     def remove(self, keys: Sequence[bytes]) -> int:
         """Forget chunks in it."""
         return self._calls.ask(partial(self._calls.tier.remove, list(keys)), 0)
+
+
+def _cleared(tier: Tier) -> bool:
+    tier.clear()
+    return True
 
 
 def ttl_left_ms(found: Found, clock: Callable[[], float] = time.time) -> int:
