@@ -174,6 +174,14 @@ def test_threads_that_hang_do_not_grow_in_number(tier: HangingTier) -> None:
     eventually(lambda: threading.active_count() <= before, "the threads end")
 
 
+def test_what_is_asked_after_the_end_is_a_miss_at_once(tier: HangingTier) -> None:
+    calls = TierCalls(tier, Counters(), DEADLINE_S)
+    assert calls.ask(lambda: True, False)
+    calls.close()
+    assert calls.begin(lambda: True) is None
+    assert not calls.ask(lambda: True, False)
+
+
 class Refusing(MemoryTier):
     """Raises what no one expects."""
 

@@ -92,6 +92,7 @@ class TierCalls:
         self._waiting: queue.SimpleQueue[Call[object] | None] = queue.SimpleQueue()
         self._threads = 0
         self._busy = 0
+        self._is_closed = False
         self._writing_since_s: float | None = None
 
     @property
@@ -103,9 +104,11 @@ class TierCalls:
             return not self._breaker.is_open and not hangs
 
     def begin(self, request: Callable[[], Answer]) -> Call[Answer] | None:
-        """Have a thread make a call; None if the tier is left alone for now, or all its threads are taken."""
+        """Have a thread make a call; None if the tier is left alone, or all its threads are taken."""
         call: Call[Answer] = Call(request)
         with self._guard:
+            if self._is_closed:  # no thread would take it
+                return None
             if self._busy >= 2 * TIER_READERS or not self._breaker.admits(self._clock()):
                 self._counters.add(tier_skipped_calls=1)
                 return None
@@ -150,8 +153,9 @@ class TierCalls:
         return bool(call.answer)
 
     def close(self) -> None:
-        """End the threads that are idle; those in a call end after it."""
+        """End the threads that are idle; those in a call end after it. What is asked from now on misses."""
         with self._guard:
+            self._is_closed = True
             for _ in range(self._threads):
                 self._waiting.put(None)
 
