@@ -67,6 +67,13 @@ class Figures:
     ratios: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     left_out: dict[str, str] = field(default_factory=dict)
 
+    def leave_out(self, name: str, why: str) -> None:
+        """A peer ended before everything was measured: a part of it is no comparison."""
+        for figures in (self.ttft_s, self.over_s):
+            for key in [key for key in figures if key[0] in (name, f"cold, {name}")]:
+                del figures[key]
+        self.left_out[name] = why
+
     def median_ms(self, name: str, length: int) -> float | None:
         """The median of what was measured."""
         found = self.ttft_s.get((name, length))
@@ -115,7 +122,7 @@ def _measure_model(
                 try:
                     _peer(inner, start(inner, model, options), floor, name, prompts, figures, options)
                 except (DemoFailed, OSError, RuntimeError, HTTPException) as error:
-                    figures.left_out[name] = f"{str(error)[-300:]}\n{inner.last_words()}"
+                    figures.leave_out(name, f"{str(error)[-300:]}\n{inner.last_words()}")
     token_bytes = LAYERS * 2 * MODELS[label] * HEAD_SIZE * DTYPE_BYTES[fast_dtype()]
     good = _report(console, label, figures, token_bytes)
     if "chat" not in options.without:
@@ -315,7 +322,8 @@ def _report(console: Console, label: str, figures: Figures, token_bytes: int) ->
     met = all(a <= b for a, b in zip(over[OURS], bounds, strict=True))
     peers = [values for name, values in over.items() if name != OURS]
     faster = all(a < b for values in peers for a, b in zip(over[OURS], values, strict=True))
-    console.print(f"over the floor: {'met' if met else 'missed'}; faster than each peer: {faster}")
+    beside = f"faster than each of {len(peers)} peers: {faster}" if peers else "no peer was measured"
+    console.print(f"over the floor: {'met' if met else 'missed'}; {beside}")
     return met and faster and max(storing) <= 1.03
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from typing import Any, cast
 
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks import __main__ as command
-from benchmarks import lmcache_backends, lmcache_contestants, report, slot, tiers
+from benchmarks import lmcache_backends, lmcache_contestants, report, slot, tiers, vllm_ttft
 from benchmarks.gpu import copies, host, lmcache_kernel, matmul, peers, pieces, retrieve
 from benchmarks.gpu.subject import Subject, counts_that_fit, own_segment
 from benchmarks.processes import Pool
@@ -29,6 +31,19 @@ from vcache.tiers import MemoryTier
 SMALL = KVLayout(num_layers=3, num_kv_heads=2, head_size=16, dtype="bfloat16", chunk_tokens=64)
 LATENT = KVLayout(num_layers=3, kv_parts=1, num_kv_heads=1, head_size=72, dtype="bfloat16", chunk_tokens=64)
 LAYOUTS = {"small": SMALL, "latent": LATENT}
+
+
+def test_a_peer_that_ends_before_everything_is_measured_is_left_out() -> None:
+    figures, printed = vllm_ttft.Figures(), io.StringIO()
+    for length in vllm_ttft.LENGTHS:
+        figures.over_s[vllm_ttft.OURS, length] = [0.0]
+        figures.ratios[length] = [1.0]
+    figures.over_s["a peer", vllm_ttft.LENGTHS[0]] = [1.0]
+    figures.ttft_s["cold, a peer", vllm_ttft.LENGTHS[0]] = [1.0]
+    figures.leave_out("a peer", "it ended")
+    assert vllm_ttft._report(Console(file=printed, width=200), "model", figures, 64)
+    assert figures.left_out == {"a peer": "it ended"} and not figures.ttft_s
+    assert "no peer was measured" in printed.getvalue()
 
 
 def test_bounds_hold_at_their_edge() -> None:
