@@ -40,7 +40,14 @@ def chunks_of(paged: PagedKV, count: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("padding", [0, 64])
 @pytest.mark.parametrize("per_chunk", [1, 2, 5])
 @pytest.mark.parametrize("holes", [False, True])
-def test_it_equals_the_definition(padding: int, per_chunk: int, holes: bool) -> None:
+@pytest.mark.parametrize("task_pages", [None, 1, 4])
+def test_it_equals_the_definition(
+    padding: int, per_chunk: int, holes: bool, task_pages: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if task_pages is not None:  # several threads, as for what is large
+        monkeypatch.setattr(pieces, "_TASK_BYTES", task_pages * 4096 + 1)
+        monkeypatch.setattr(pieces, "_THREAD_BYTES_MIN", 1)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     paged = paged_kv(4096, per_chunk, padding=padding)
     assert pieces.fits(paged)
     pages = torch.randperm(PAGES, generator=torch.Generator().manual_seed(1))[: 4 * per_chunk]
