@@ -21,7 +21,11 @@ def engine(machine: Machine, model: Callable[..., Path]) -> Iterator[Callable[[s
     def start(policy: str, size: str) -> EngineProcess:
         machine.start_server()
         machine.start_holder(size)
-        tiers = {"tiers.order": "rocksdb", "tiers.rocksdb.directory": str(machine.folder / "disk")}
+        tiers = {
+            "tiers.order": "rocksdb",
+            "tiers.rocksdb.directory": str(machine.folder / "disk"),
+            "fetch_deadline_ms": 30_000,  # vLLM computes on all cores
+        }
         return machine.engine(model(), name=policy, extra={**tiers, "tiers.policy": policy})
 
     yield start
