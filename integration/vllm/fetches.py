@@ -13,16 +13,27 @@ from integration.vllm.messages import Fetch, FetchPart, Report
 from integration.vllm.tracked import Tracked
 from vcache.limits import PREFETCH_CHUNKS_MAX
 
+_STEPS_MIN = 3
+"""Steps that an order is waited for, however long they take: the one that carries it may begin it only when
+its own work is done, another one brings the answer, and with asynchronous scheduling one more is ahead.
+"""
+
 
 @dataclass
 class _Fetching:
     """An order under way: how many ranks have still to report, whether any brought something, and until when
-    it is waited for.
+    it is waited for; steps: that have left since.
     """
 
     ranks: int
     deadline_s: float
     brought: bool = False
+    steps: int = 0
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether it may still bring something in time."""
+        return self.ranks > 0 and (time.monotonic() < self.deadline_s or self.steps < _STEPS_MIN)
 
 
 class Fetches:
@@ -54,6 +65,8 @@ class Fetches:
         """What was ordered since the last call: chunks to bring, and whether to forget all that is below."""
         ordered, self._ordered = self._ordered, []
         forget, self._forget = self._forget, False
+        for fetching in self._running.values():
+            fetching.steps += 1
         return ordered, forget
 
     def begin(self, tracked: Tracked, first: int, end: int) -> bool:
@@ -87,7 +100,7 @@ class Fetches:
     def outcome(self, tracked: Tracked) -> bool | None:
         """Whether what a request waits for brought something to the pool; None: not known yet."""
         fetching = None if tracked.fetch is None else self._running.get(tracked.fetch)
-        if fetching is not None and fetching.ranks > 0 and time.monotonic() < fetching.deadline_s:
+        if fetching is not None and fetching.is_awaited:
             return None
         self.leave(tracked)
         return fetching is not None and (fetching.brought or fetching.ranks > 0)

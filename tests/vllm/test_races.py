@@ -475,6 +475,27 @@ def test_a_request_waits_once_for_all_that_is_below(monkeypatch: pytest.MonkeyPa
             brought(half, fetch.id, 1)
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_fetch_that_a_long_step_carries_is_waited_for(
+    answers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half, now_s = Scheduling(has_tiers=True), [0.0]
+    monkeypatch.setattr(fetches_module, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    one = request_of("one", 102)
+    half.new_request(one)
+    half.answers = [(0, 0), (0, 6)] if answers else []
+    assert ask(half, one) is None
+    (fetch,) = fetch_of(half)
+    now_s[0] = 60  # others were computed; only then the worker begins
+    assert ask(half, one) is None
+    half.step({})
+    assert ask(half, one) is None
+    half.step({})
+    if answers:
+        brought(half, fetch.id, 6)
+    assert ask(half, one) == (6 * BLOCK if answers else 0)
+
+
 def test_emptying_tiers_frees_no_blocks() -> None:
     half = Scheduling(has_tiers=True)
     assert half.reset()
