@@ -52,37 +52,6 @@ def gemma3(folder: Path, *, seed: int = 0) -> Path:
     )
 
 
-def deepseek(folder: Path, *, seed: int = 0) -> Path:
-    """A DeepSeek-V2 of two dense layers: their KV is one latent vector a token (MLA)."""
-    from transformers import DeepseekV2Config
-
-    return _save(
-        folder,
-        DeepseekV2Config(
-            vocab_size=VOCABULARY,
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            q_lora_rank=None,
-            kv_lora_rank=512,
-            qk_rope_head_dim=64,
-            qk_nope_head_dim=32,
-            v_head_dim=32,
-            n_routed_experts=2,
-            num_experts_per_tok=1,
-            n_shared_experts=1,
-            moe_intermediate_size=64,
-            first_k_dense_replace=2,
-            max_position_embeddings=4096,
-            tie_word_embeddings=False,
-            dtype="bfloat16",
-        ),
-        seed,
-    )
-
-
 def adapter(folder: Path, *, seed: int = 0) -> Path:
     """A LoRA adapter for `llama`."""
     import json

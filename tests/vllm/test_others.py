@@ -85,22 +85,6 @@ def test_two_tensor_parallel_ranks_have_chunks_of_their_own(
     end(pool, split)
 
 
-def test_of_equal_latents_one_rank_stores_and_all_load(pool: Machine, model: Callable[..., Path]) -> None:
-    asked = prompt(12, 500)
-    before = pool.counters()["chunks"]
-    options = {"model": model("deepseek"), "tensor_parallel_size": 2, "cores": "0|1"}
-    (latent,) = start(pool, {"name": "latent", **options})
-    assert latent.ask(asked)["cached"] == 0
-    expected = latent.ask(asked, max_tokens=4)
-    forget(latent)
-    chunks = expected["cached"] // BLOCK
-    assert chunks > 0 and pool.counters()["chunks"] == before + 500 // BLOCK
-    answer = latent.ask(asked, max_tokens=4)
-    assert answer["cached"] == expected["cached"]
-    assert answer["logprobs"] == expected["logprobs"]
-    end(pool, latent)
-
-
 def test_a_hybrid_model_shares_all_its_groups(pool: Machine, model: Callable[..., Path]) -> None:
     options = {"model": model("gemma3"), "num_gpu_blocks_override": 768, "max_num_batched_tokens": 256}
     one, other = start(pool, {"name": "hybrid-a", **options}, {"name": "hybrid-b", **options})
