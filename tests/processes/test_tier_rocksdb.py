@@ -224,7 +224,7 @@ def key(number: int) -> bytes:
 
 def write_until_killed(path: Path, first: int, pipe: Connection) -> None:
     """In a child: put records, sync now and then; say each number before it is put, and after it."""
-    clock_s = 0.0
+    clock_s = float(first)  # later than in any child before: the least recently used go first
 
     def clock() -> float:
         return clock_s
