@@ -138,9 +138,11 @@ class Saving(Chunks):
     def _offer_coldest(self, order: EvictionPolicy, count: int, keep: set[int], now_ns: int) -> list[int]:
         """Of the `count` chunks that would be evicted next: those that may go; the others are offered."""
         coldest = order.peek(count, lambda index: index in keep or self.rights.held(index))
-        ready = [index for index in coldest if self._may_go(index)]
+        ready: list[int] = []
         for index in coldest:
-            if index not in ready:
+            if self._may_go(index):
+                ready.append(index)
+            else:
                 self._offer(index, now_ns)
         return ready
 

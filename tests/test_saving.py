@@ -219,6 +219,23 @@ def test_without_anybody_who_copies_nothing_is_waited_for_or_counted(pool: Pool)
     assert counted(pool, "evicted_unsaved") == 0 and not pool.directory.called
 
 
+@pytest.mark.parametrize("saving", [False, True])
+def test_a_new_size_displaces_what_is_colder_also_for_who_waits(flat: Pool, saving: bool) -> None:
+    if saving:
+        offers(flat, READER, below=True)
+    flat.store(ENGINE, 1, 2, 3, 4)
+    for number in (5, 6):
+        ask = protocol.Reserve(layout(2), 2 * CHUNK, keys(number), patient=True)
+        reply = flat.ask(ENGINE, ask, protocol.Reserved)
+        assert reply.coming == (2 if saving else 0), "a slab goes when all that is in it was copied"
+        if saving:
+            assert all(moved(flat, move) for move in offers(flat, READER, below=True))
+            reply = flat.ask(ENGINE, ask, protocol.Reserved)
+        flat.commit(ENGINE, protocol.unpack(reply.extents, EXTENT), number)
+    assert [key(number) in flat.directory.chunks for number in range(1, 7)] == [False] * 4 + [True] * 2
+    assert counted(flat, "evicted_unsaved") == 0
+
+
 def test_what_was_written_below_goes_at_once(flat: Pool) -> None:
     offers(flat, ENGINE, below=True)
     flat.store(ENGINE, 1, 2, 3, 4)
