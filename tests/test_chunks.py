@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -240,6 +240,35 @@ def test_write_back_writes_what_has_to_go(pool: Pool) -> None:
     chunks.drop(hold)
     chunks.close()
     client.check()
+
+
+def test_what_was_below_already_stays_there_when_the_server_ends(pool: Pool) -> None:
+    class Tier(MemoryTier):
+        """Has all chunks of old; the server ends while it is asked for the first one."""
+
+        def contains(self, keys: Sequence[bytes]) -> list[bool]:
+            asked.extend(keys)
+            pool.kill()
+            return super().contains(keys)
+
+    asked: list[bytes] = []
+    tier = Tier(1 << 24)
+    for number in range(1, 400):
+        assert tier.put(key(number), torch.zeros(8, dtype=torch.uint8), b"L" * 16)
+    client = pool.client(lends=1 << 20)
+    chunks = chunks_of(client, tiers=[tier], tier_queue_chunks=16, write_back=True)
+    number = 0
+
+    def somebody_asks() -> bool:
+        nonlocal number
+        number += 1
+        write(chunks, [number])
+        return bool(asked)
+
+    eventually(somebody_asks, "a chunk has to go down")
+    assert chunks.flush_tiers(20)
+    assert len(tier) == 399
+    chunks.close()
 
 
 def test_what_is_forgotten_is_forgotten_below_too(pool: Pool) -> None:

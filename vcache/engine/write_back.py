@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from vcache.client import Client, Move
 from vcache.engine.moving import Courier
-from vcache.engine.tier_queue import TierQueues
+from vcache.engine.tier_queue import Saved, TierQueues
 from vcache.errors import LocalStateError, ServerError, Unavailable
 from vcache.limits import SAVES_MAX
 
@@ -39,12 +39,10 @@ class WriteBack(Courier):
         with self._changed:
             self._under_way += 1
 
-        def end(kept: bool) -> None:
+        def end(saved: Saved) -> None:
             try:
-                if not self._client.moved(move, done=kept) and kept:
-                    self._queues.remove(
-                        move.key
-                    )  # it was removed from the pool meanwhile: it must not come back
+                if not self._client.moved(move, done=bool(saved)):
+                    saved.undo()  # it was removed from the pool meanwhile: it must not come back
             finally:
                 with self._changed:
                     self._under_way -= 1
