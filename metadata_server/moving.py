@@ -22,9 +22,9 @@ class Moving(Room):
             raise Refusal(ErrorCode.LIMIT, "offers: too many rights, or a request that was granted already")
         known = self._savers if ask.below else self._movers
         if ask.limit <= 0:
-            known.discard(mine.session)
+            known.pop(mine.session, None)
         else:
-            known.add(mine.session)
+            known[mine.session] = now_ns
             self._was_saving |= ask.below
         sources: list[int] = []
         targets: list[int] = []

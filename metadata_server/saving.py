@@ -55,8 +55,9 @@ class Saving(Chunks):
         self.called: set[int] = set()
         self._offers: dict[int, Offer] = {}
         self._copies: dict[int, Copy] = {}
-        self._movers: set[int] = set()
-        self._savers: set[int] = set()
+        # When each asked for offers last.
+        self._movers: dict[int, int] = {}
+        self._savers: dict[int, int] = {}
         self._was_saving = False
         self._waiting: set[int] = set()
         self._marks = np.zeros(table.capacity, np.uint8)
@@ -101,7 +102,7 @@ class Saving(Chunks):
             return
         self._offers[index] = Offer(self.table.generation(index), now_ns, 0)
         demoter = self._demoter(index)
-        self.called |= {demoter} if demoter else self._savers
+        self.called.update([demoter] if demoter else self._savers)
 
     def _offer_up(self, indices: Indices, near: int, now_ns: int) -> None:
         """Chunks are used: have those in high ranks copied to the segment `near`, or the roomiest one."""
@@ -164,13 +165,20 @@ class Saving(Chunks):
         if now_ns - self._looked_ns < _LOOK_NS:
             return
         self._looked_ns = now_ns
+        late_movers: set[int] = set()
+        late_savers: set[int] = set()
         for index, offer in list(self._offers.items()):
             if not self._is(index, offer.generation, State.COMMITTED):
                 del self._offers[index]
             elif now_ns - offer.since_ns > _OFFER_NS:
                 del self._offers[index]
                 if not offer.up:
+                    demoter = self._demoter(index)
+                    late_movers |= {demoter} if demoter else set()
+                    late_savers |= set() if demoter else set(self._savers)
                     self._not_copied(index)
+        self._set_aside(self._movers, late_movers, now_ns)
+        self._set_aside(self._savers, late_savers, now_ns)
         for index, copy in list(self._copies.items()):
             holdings = self.rights.sessions.get(copy.session)
             if holdings is None or index not in holdings.pins.get(copy.rid, ()):
@@ -179,9 +187,17 @@ class Saving(Chunks):
     def _not_copied(self, index: int) -> None:
         self._marks[index] |= STAYS if self._demoter(index) else GIVEN_UP
 
+    def _set_aside(self, known: dict[int, int], late: set[int], now_ns: int) -> None:
+        """Those who are stopped, or hang in a copy: nobody waits for them until they ask again."""
+        for session in late:
+            if now_ns - known[session] > _OFFER_NS:
+                del known[session]
+                self.called.add(session)
+
     def _no_copier(self, session: int) -> None:
         """The session copies nothing any more."""
-        for who in (self._movers, self._savers, self._waiting):
-            who.discard(session)
+        self._movers.pop(session, None)
+        self._savers.pop(session, None)
+        self._waiting.discard(session)
         for index in [index for index, copy in self._copies.items() if copy.session == session]:
             del self._copies[index]

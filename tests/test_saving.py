@@ -212,6 +212,37 @@ def test_a_copier_that_hangs_keeps_its_chunk_and_nobody_waits_for_it(flat: Pool)
     assert moved(flat, move)
 
 
+@pytest.mark.parametrize("below", [False, True])
+def test_a_copier_that_is_stopped_is_waited_for_once_until_it_asks_again(pool: Pool, below: bool) -> None:
+    copier = READER if below else HOLDER
+    offers(pool, copier, below=below)
+    pool.store(ENGINE, 1, 2, 3, 4, *(range(5, 13) if below else ()))
+    while not patient(pool, 20, 21)[1]:
+        pool.store(ENGINE, pool.rid + 100)
+    pool.directory.called.clear()
+    pool.wait_ms(LATE_MS)
+    assert copier in pool.directory.called, "a notice wakes it when it goes on"
+    for number in range(30, 34):
+        granted, coming = patient(pool, number)
+        assert len(granted) == 1 and not coming
+        pool.commit(ENGINE, granted, number)
+    pool.wait_ms(LATE_MS)
+    offers(pool, copier, below=below)
+    assert patient(pool, 40, 41, 42)[1]
+
+
+def test_who_copies_all_the_time_is_not_set_aside(flat: Pool) -> None:
+    offers(flat, READER, below=True)
+    flat.store(ENGINE, 1, 2, 3, 4)
+    assert patient(flat, 5, 6, 7)[1] == 3
+    flat.wait_ms(LATE_MS - 400)
+    (move,) = offers(flat, READER, below=True, limit=1)
+    flat.wait_ms(400)
+    assert moved(flat, move)
+    flat.store(ENGINE, 8)
+    assert patient(flat, 9, 10, 11, 12)[1]
+
+
 def test_without_anybody_who_copies_nothing_is_waited_for_or_counted(pool: Pool) -> None:
     pool.store(ENGINE, 1, 2, 3, 4)
     assert len(patient(pool, *range(5, 13))[0]) == 8
