@@ -106,10 +106,14 @@ class Database:
         return entry is not None and not self._has_expired(entry)
 
     def use(self, keys: Iterable[bytes]) -> None:
-        """Records were read, the last one most recently."""
+        """Records were read, or looked for, the last one most recently; what has no file any more is
+        forgotten.
+        """
         for key in keys:
             entry = self._entries.get(key)
-            if entry is not None:
+            if entry is not None and not os.path.lexists(files.path_of(self._directory, key)):
+                self._forget([key], "damaged")
+            elif entry is not None:
                 self._entries[key] = entry._replace(used_ms=self._now_ms())
                 self._entries.move_to_end(key)
                 self._used_since.add(key)
