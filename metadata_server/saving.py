@@ -9,6 +9,7 @@ Nothing of it is in the table: what a restarted server does not remember is offe
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -109,7 +110,10 @@ class Saving(Chunks):
         if not self._is_demoting():
             return
         lowest = self.allocator.ranks()[0]
-        deep = [index for index in indices.tolist() if self.allocator.rank_of(index) > lowest]
+        rank_of = self.allocator.rank_of
+        deep = [index for index in indices.tolist() if rank_of(index) > lowest]
+        # Who is near a high rank is given that also where the chunk is up already.
+        deep = [index for index in deep if rank_of(self.chunks[self.table.key(index)]) > lowest]
         rooms = [each for each in self.allocator.rooms.values() if each.rank == lowest]
         rooms = [each for each in rooms if each.session in self._movers]
         if not deep or not rooms:
@@ -140,10 +144,14 @@ class Saving(Chunks):
         """Of the `count` chunks that would be evicted next: those that may go; the others are offered."""
         coldest = order.peek(count, lambda index: index in keep or self.rights.held(index))
         ready: list[int] = []
+        going: Counter[bytes] = Counter()
         for index in coldest:
-            if self._may_go(index):
+            key = self.table.key(index)
+            others = self.replicas.get(key)
+            if self._may_go(index) and (others is None or going[key] < len(others)):
                 ready.append(index)
-            else:
+                going[key] += 1
+            elif others is None:
                 self._offer(index, now_ns)
         return ready
 

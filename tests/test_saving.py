@@ -324,6 +324,35 @@ def test_what_is_used_below_comes_back_up_and_its_copy_stays(pool: Pool) -> None
     assert int(pool.acquire(READER, 4)["segment"][0]) == 1, "readers find the lowest rank"
 
 
+def test_what_is_up_already_is_not_offered_up_again_to_who_is_near_its_copy(pool: Pool) -> None:
+    offers(pool, HOLDER)
+    pool.store(ENGINE, 1, 2, 3, 4)
+    patient(pool, 5)
+    (move,) = offers(pool, HOLDER, limit=1)
+    assert moved(pool, move)
+    down = int(move.target["segment"][0])
+    pool.directory.called.clear()
+    acquire = protocol.Acquire(move.key, layout(1), near=down)
+    extents = protocol.unpack(pool.ask(READER, acquire, protocol.Acquired).extents, EXTENT)
+    assert extents["segment"].tolist() == [down]
+    assert not pool.directory.called and offers(pool, HOLDER) == []
+
+
+def test_two_replicas_do_not_go_at_once(tmp_path: Path) -> None:
+    pool = Pool(tmp_path / "table", segments=(2 * CHUNK, 2 * CHUNK))
+    for segment in pool.segments:
+        ask = protocol.Reserve(layout(1), CHUNK, count=2, near=segment)
+        extents = protocol.unpack(pool.ask(ENGINE, ask, protocol.Reserved).extents, EXTENT)
+        assert set(pool.commit(ENGINE, extents, 1, 2, replica=True)) == {protocol.Outcome.COMMITTED}
+    offers(pool, READER, below=True)
+    granted, _ = patient(pool, 3, 4, 5, 6)
+    while not len(granted):
+        assert all(moved(pool, move) for move in offers(pool, READER, below=True))
+        granted, _ = patient(pool, 3, 4, 5, 6)
+    assert counted(pool, "evicted_unsaved") == 0
+    pool.close()
+
+
 def test_a_copy_outlives_the_server(pool: Pool) -> None:
     offers(pool, HOLDER)
     pool.store(ENGINE, 1, 2, 3, 4)

@@ -159,7 +159,7 @@ def test_an_owner_that_is_killed_under_a_write_leaves_no_draft(
         write(*given)
 
     monkeypatch.setattr(files, "write", write_late)
-    with pytest.raises(OSError):
+    with pytest.raises(ConnectionError):
         tier.put(key(1), chunk(1), LAYOUT)
     assert list((owners.path / "chunks/new").iterdir()) == []
 

@@ -80,7 +80,10 @@ class Done(msgspec.Struct, tag="done", frozen=True, forbid_unknown_fields=True):
 
 
 class Write(msgspec.Struct, tag="write", frozen=True, forbid_unknown_fields=True):
-    """Write the record to the draft of this name, and say `Written`. Paths differ: each has its own way there."""
+    """Write the record to the draft of this name, and say `Written`.
+
+    No path: every engine has its own way to the directory.
+    """
 
     name: str
 
