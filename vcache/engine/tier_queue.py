@@ -132,6 +132,20 @@ class TierQueue:
                 waiting = [key for each in self._waiting for key in each.keys] if keys is None else keys
                 self._forgotten.update(waiting)
 
+    def give_up_saving(self) -> None:
+        """If the tier hangs: end what was taken for it and waits; there may be others that do not hang."""
+        if self._tier.is_available:
+            return
+        with self._changed:
+            given_up = [each for each in self._waiting if each.layout is not None]
+            self._waiting = deque(each for each in self._waiting if each.layout is None)
+            self._chunks -= len(given_up)
+            self._changed.notify_all()
+        if given_up:
+            self._drop(len(given_up))
+        for waiting in given_up:
+            waiting.end(_Kept())
+
     def remove(self, key: bytes) -> None:
         """Forget a chunk in the tier itself."""
         self._tier.remove([key])
@@ -292,6 +306,11 @@ class TierQueues:
         saved = Saved(move.key, self._queues, end)
         for queue in self._queues:
             queue.take(move, partial(saved.heard, queue), expires_ms)
+
+    def give_up_saving(self) -> None:
+        """As `TierQueue.give_up_saving`."""
+        for queue in self._queues:
+            queue.give_up_saving()
 
     def forget(self, keys: Sequence[bytes] | None) -> None:
         """As `TierQueue.forget`."""

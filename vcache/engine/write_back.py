@@ -9,7 +9,7 @@ from vcache.client import Client, Move
 from vcache.engine.moving import Courier
 from vcache.engine.tier_queue import Saved, TierQueues
 from vcache.errors import LocalStateError, ServerError, Unavailable
-from vcache.limits import SAVES_MAX
+from vcache.limits import SAVE_HANG_LOOK_S, SAVES_MAX
 
 
 class WriteBack(Courier):
@@ -31,9 +31,14 @@ class WriteBack(Courier):
             self._client.offers(below=True, limit=0)
 
     def _room(self) -> int:
-        with self._changed:
-            self._changed.wait_for(lambda: self._under_way < SAVES_MAX or self._is_ending)
-            return 0 if self._is_ending else SAVES_MAX - self._under_way
+        while True:
+            with self._changed:
+                may_go_on = self._changed.wait_for(
+                    lambda: self._under_way < SAVES_MAX or self._is_ending, SAVE_HANG_LOOK_S
+                )
+                if may_go_on:
+                    return 0 if self._is_ending else SAVES_MAX - self._under_way
+            self._queues.give_up_saving()
 
     def _carry_out(self, move: Move) -> None:
         with self._changed:
