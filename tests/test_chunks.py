@@ -284,15 +284,15 @@ def test_a_tier_that_hangs_keeps_no_chunk_from_the_others(pool: Pool) -> None:
     go_on = threading.Event()
     client, healthy, counters = pool.client(lends=1 << 20), MemoryTier(1 << 24), Counters()
     chunks = chunks_of(client)
-    lower = LowerTiers([Hanging(1 << 24), healthy], LAYOUT.fingerprint, counters, deadline_s=0.2)
+    lower = LowerTiers([Hanging(1 << 24), healthy], LAYOUT.fingerprint, counters, deadline_s=2.0)
     queues = TierQueues(chunks._pool, lower, 16, counters)
     write_back = WriteBack(client, queues)
     number = 0
 
     def all_but_those_that_hang_go_on() -> bool:
         nonlocal number
-        number += 1
-        write(chunks, [number])
+        write(chunks, list(range(number, number + 2 * SAVES_MAX)))
+        number += 2 * SAVES_MAX
         return len(healthy) > 2 * SAVES_MAX
 
     try:
