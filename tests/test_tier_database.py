@@ -12,7 +12,7 @@ import pytest
 from vcache.limits import MIB, RECORD_HEADER_BYTES
 from vcache.tiers.record import Header, header_for
 from vcache.tiers.rocksdb import files
-from vcache.tiers.rocksdb.database import SWEEP_S, Database, Draft
+from vcache.tiers.rocksdb.database import SWEEP_S, TIER_FLUSH_S, Database, Draft
 
 LAYOUT, OTHER = b"L" * 16, b"O" * 16
 SIZE = 64 << 10
@@ -364,6 +364,17 @@ def test_what_others_put_between_the_files_costs_no_more_than_its_chunk(bench: B
     assert not bench.get(1) and bench.get(2) and not bench.database.contains(key(3))
     assert bench.put(4)
     assert bench.put(1) == (what != "folder")
+
+
+def test_what_could_not_be_synchronised_before_is_not_said_to_be(bench: Bench) -> None:
+    assert bench.put(1)
+    shutil.rmtree(bench.path / "chunks/00")
+    bench.clock.now_s += 2 * TIER_FLUSH_S
+    bench.database.tick()
+    assert not bench.database.sync()
+    assert bench.put(2), "opened anew, with its folders"
+    assert bench.database.sync()
+    assert not bench.get(1) and bench.get(2)
 
 
 def test_a_file_in_place_of_a_folder_goes(bench: Bench) -> None:
