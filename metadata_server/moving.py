@@ -22,19 +22,20 @@ class Moving(Room):
             raise Refusal(ErrorCode.LIMIT, "offers: too many rights, or a request that was granted already")
         known = self._savers if ask.below else self._movers
         if ask.limit <= 0:
-            known.discard(mine.session)
+            known.pop(mine.session, None)
         else:
-            known.add(mine.session)
+            known[mine.session] = now_ns
             self._was_saving |= ask.below
         sources: list[int] = []
         targets: list[int] = []
+        full: set[tuple[int, int]] = set()
         for index, offer in list(self._offers.items()):
             if len(sources) >= min(ask.limit, limits.OFFERS_PER_REQUEST_MAX):
                 break
             if not self._is(index, offer.generation, State.COMMITTED):
                 del self._offers[index]
             elif self._whose(index, offer) == (0 if ask.below else mine.session):
-                target = None if ask.below else self._target(index, offer, now_ns)
+                target = None if ask.below else self._target(index, offer, full, now_ns)
                 if ask.below or target is not None:
                     del self._offers[index]
                     self._copies[index] = Copy(mine.session, rid, now_ns, offer.up)
@@ -51,12 +52,17 @@ class Moving(Room):
         room = self.allocator.rooms.get(offer.up)
         return 0 if room is None else room.session
 
-    def _target(self, index: int, offer: Offer, now_ns: int) -> int | None:
-        """A free extent to copy to; None: there is none now, and the offer waits, or it is given up."""
+    def _target(self, index: int, offer: Offer, full: set[tuple[int, int]], now_ns: int) -> int | None:
+        """A free extent to copy to; None: there is none now, and the offer waits, or it is given up.
+
+        full: ranks and sizes where others wait already: to look for room once tells for all.
+        """
         rank = self.allocator.rank_of(index)
         size = self.allocator.slab_of(index).size
         ranks = self.allocator.ranks()
         to = ranks[0] if offer.up else ranks[ranks.index(rank) + 1]
+        if (to, size) in full:
+            return None
         near = offer.up or self.allocator.nearest(index, to)
         taken, coming = self._allocate_in(to, 1, size, near, {index}, now_ns, patient=True)
         if not offer.up:
@@ -65,6 +71,7 @@ class Moving(Room):
             return taken[0]
         if coming:
             self._waiting.add(self._whose(index, offer))
+            full.add((to, size))
             return None
         del self._offers[index]  # all there is held
         if not offer.up:

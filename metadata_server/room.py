@@ -22,6 +22,7 @@ class Room(Saving):
         and how many are coming, where chunks are being copied that have to go.
         """
         ranks = self.allocator.ranks()
+        patient = patient and (bool(self._savers) or self._is_demoting())
         taken = [] if self._is_demoting() else self.allocator.take(count, size, near)
         for rank in ranks:
             if len(taken) == count:
@@ -43,11 +44,10 @@ class Room(Saving):
         taken = self.allocator.take(count, size, near, rank)
         while len(taken) < count:
             missing = count - len(taken)
-            ready = self._let_go(missing, rank, size, keep, now_ns) if patient else False
-            coming = self._coming(rank, size) if patient else 0
-            if not ready and coming:
+            went, coming = self._let_go(missing, rank, size, keep, now_ns) if patient else (False, 0)
+            if not went and coming:
                 return taken, coming
-            if not ready and not self._make_room(missing, rank, size, keep):
+            if not went and not self._make_room(missing, rank, size, keep):
                 break
             more = self.allocator.take(missing, size, near, rank)
             if not more:
@@ -55,29 +55,47 @@ class Room(Saving):
             taken += more
         return taken, 0
 
-    def _let_go(self, count: int, rank: int, size: int, keep: set[int], now_ns: int) -> bool:
-        """Evict those of the coldest chunks that may go; the others are offered. Whether any went."""
+    def _let_go(self, count: int, rank: int, size: int, keep: set[int], now_ns: int) -> tuple[bool, int]:
+        """Evict those of the coldest chunks that may go; the others are offered. Whether any went, and how
+        many chunks are on their way elsewhere.
+        """
+        slabs = self._colder_slabs(count, rank, size, self._coldest_ns(rank, size), keep)
+        if slabs:
+            inside = [index for slab in slabs for index in slab.indices]
+            staying = [index for index in inside if not self._may_be_emptied(index)]
+            if not staying:
+                self._empty_all(slabs)
+                return True, 0
+            for index in staying:
+                self._offer(index, now_ns)
+            return False, sum(index in self._offers for index in staying)
         order = self._order(rank, size)
-        count -= self._coming(rank, size)
-        ready = self._offer_coldest(order, count, keep, now_ns) if count > 0 else []
+        missing = count - self._coming(rank, size)
+        ready = self._offer_coldest(order, missing, keep, now_ns) if missing > 0 else []
         order.give_up(ready)
         self._evicted(ready)
-        return bool(ready)
+        return bool(ready), self._coming(rank, size)
+
+    def _may_be_emptied(self, index: int) -> bool:
+        return self.table.state(index) is not State.COMMITTED or self._may_go(index)
+
+    def _coldest_ns(self, rank: int, size: int) -> int | None:
+        """When what is coldest of this size was used last; None: there is none."""
+        coldest = self._order(rank, size).coldest()
+        return None if coldest is None else int(self.table.used_ns[coldest])
 
     def _make_room(self, count: int, rank: int, size: int, keep: set[int]) -> bool:
         """Evict up to `count` extents of this size, or empty slabs of other sizes that are colder; False if
         neither can be.
         """
-        order = self._order(rank, size)
-        coldest = order.coldest()
-        limit_ns = int(self.table.used_ns[coldest]) if coldest is not None else None
+        limit_ns = self._coldest_ns(rank, size)
         slabs = self._colder_slabs(count, rank, size, limit_ns, keep)
         if slabs:
             self._empty_all(slabs)
             return True
-        victims = order.evict(count, lambda index: index in keep or self.rights.held(index))
+        victims = self._order(rank, size).evict(count, lambda index: index in keep or self.rights.held(index))
         self._evicted(victims)
-        if not victims and coldest is not None:
+        if not victims and limit_ns is not None:
             slabs = self._colder_slabs(count, rank, size, None, keep)
             self._empty_all(slabs)
             return bool(slabs)

@@ -9,6 +9,7 @@ Nothing of it is in the table: what a restarted server does not remember is offe
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -55,8 +56,9 @@ class Saving(Chunks):
         self.called: set[int] = set()
         self._offers: dict[int, Offer] = {}
         self._copies: dict[int, Copy] = {}
-        self._movers: set[int] = set()
-        self._savers: set[int] = set()
+        # When each asked for offers last.
+        self._movers: dict[int, int] = {}
+        self._savers: dict[int, int] = {}
         self._was_saving = False
         self._waiting: set[int] = set()
         self._marks = np.zeros(table.capacity, np.uint8)
@@ -101,14 +103,17 @@ class Saving(Chunks):
             return
         self._offers[index] = Offer(self.table.generation(index), now_ns, 0)
         demoter = self._demoter(index)
-        self.called |= {demoter} if demoter else self._savers
+        self.called.update([demoter] if demoter else self._savers)
 
     def _offer_up(self, indices: Indices, near: int, now_ns: int) -> None:
         """Chunks are used: have those in high ranks copied to the segment `near`, or the roomiest one."""
         if not self._is_demoting():
             return
         lowest = self.allocator.ranks()[0]
-        deep = [index for index in indices.tolist() if self.allocator.rank_of(index) > lowest]
+        rank_of = self.allocator.rank_of
+        deep = [index for index in indices.tolist() if rank_of(index) > lowest]
+        # Who is near a high rank is given that also where the chunk is up already.
+        deep = [index for index in deep if rank_of(self.chunks[self.table.key(index)]) > lowest]
         rooms = [each for each in self.allocator.rooms.values() if each.rank == lowest]
         rooms = [each for each in rooms if each.session in self._movers]
         if not deep or not rooms:
@@ -138,9 +143,15 @@ class Saving(Chunks):
     def _offer_coldest(self, order: EvictionPolicy, count: int, keep: set[int], now_ns: int) -> list[int]:
         """Of the `count` chunks that would be evicted next: those that may go; the others are offered."""
         coldest = order.peek(count, lambda index: index in keep or self.rights.held(index))
-        ready = [index for index in coldest if self._may_go(index)]
+        ready: list[int] = []
+        going: Counter[bytes] = Counter()
         for index in coldest:
-            if index not in ready:
+            key = self.table.key(index)
+            others = self.replicas.get(key)
+            if self._may_go(index) and (others is None or going[key] < len(others)):
+                ready.append(index)
+                going[key] += 1
+            elif others is None:
                 self._offer(index, now_ns)
         return ready
 
@@ -162,13 +173,20 @@ class Saving(Chunks):
         if now_ns - self._looked_ns < _LOOK_NS:
             return
         self._looked_ns = now_ns
+        late_movers: set[int] = set()
+        late_savers: set[int] = set()
         for index, offer in list(self._offers.items()):
             if not self._is(index, offer.generation, State.COMMITTED):
                 del self._offers[index]
             elif now_ns - offer.since_ns > _OFFER_NS:
                 del self._offers[index]
                 if not offer.up:
+                    demoter = self._demoter(index)
+                    late_movers |= {demoter} if demoter else set()
+                    late_savers |= set() if demoter else set(self._savers)
                     self._not_copied(index)
+        self._set_aside(self._movers, late_movers, now_ns)
+        self._set_aside(self._savers, late_savers, now_ns)
         for index, copy in list(self._copies.items()):
             holdings = self.rights.sessions.get(copy.session)
             if holdings is None or index not in holdings.pins.get(copy.rid, ()):
@@ -177,9 +195,17 @@ class Saving(Chunks):
     def _not_copied(self, index: int) -> None:
         self._marks[index] |= STAYS if self._demoter(index) else GIVEN_UP
 
+    def _set_aside(self, known: dict[int, int], late: set[int], now_ns: int) -> None:
+        """Those who are stopped, or hang in a copy: nobody waits for them until they ask again."""
+        for session in late:
+            if now_ns - known[session] > _OFFER_NS:
+                del known[session]
+                self.called.add(session)
+
     def _no_copier(self, session: int) -> None:
         """The session copies nothing any more."""
-        for who in (self._movers, self._savers, self._waiting):
-            who.discard(session)
+        self._movers.pop(session, None)
+        self._savers.pop(session, None)
+        self._waiting.discard(session)
         for index in [index for index, copy in self._copies.items() if copy.session == session]:
             del self._copies[index]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,13 @@ from tests.processes.worker import eventually
 from vcache.client import Client
 from vcache.engine.chunks import Chunks, Draft, Part
 from vcache.engine.forms import Form, decode
+from vcache.engine.lower import LowerTiers
 from vcache.engine.stats import Counters
+from vcache.engine.tier_queue import TierQueues
+from vcache.engine.write_back import WriteBack
 from vcache.errors import ArgumentError, RemoteProtocolError, SegmentError
 from vcache.layout import KVLayout
-from vcache.limits import FORM_BYTES, PART_ALIGN_BYTES, STOCK_REFILL_EXTENTS
+from vcache.limits import FORM_BYTES, PART_ALIGN_BYTES, SAVES_MAX, STOCK_REFILL_EXTENTS
 from vcache.tiers import MemoryTier
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_size=8, dtype="float32", chunk_tokens=16)
@@ -240,6 +244,65 @@ def test_write_back_writes_what_has_to_go(pool: Pool) -> None:
     chunks.drop(hold)
     chunks.close()
     client.check()
+
+
+def test_what_was_below_already_stays_there_when_the_server_ends(pool: Pool) -> None:
+    class Tier(MemoryTier):
+        """Has all chunks of old; the server ends while it is asked for the first one."""
+
+        def contains(self, keys: Sequence[bytes]) -> list[bool]:
+            asked.extend(keys)
+            pool.kill()
+            return super().contains(keys)
+
+    asked: list[bytes] = []
+    tier = Tier(1 << 24)
+    for number in range(1, 400):
+        assert tier.put(key(number), torch.zeros(8, dtype=torch.uint8), b"L" * 16)
+    client = pool.client(lends=1 << 20)
+    chunks = chunks_of(client, tiers=[tier], tier_queue_chunks=16, write_back=True)
+    number = 0
+
+    def somebody_asks() -> bool:
+        nonlocal number
+        number += 1
+        write(chunks, [number])
+        return bool(asked)
+
+    eventually(somebody_asks, "a chunk has to go down")
+    assert chunks.flush_tiers(20)
+    assert len(tier) == 399
+    chunks.close()
+
+
+def test_a_tier_that_hangs_keeps_no_chunk_from_the_others(pool: Pool) -> None:
+    class Hanging(MemoryTier):
+        def put(self, *given: Any) -> bool:
+            go_on.wait()
+            return False
+
+    go_on = threading.Event()
+    client, healthy, counters = pool.client(lends=1 << 20), MemoryTier(1 << 24), Counters()
+    chunks = chunks_of(client)
+    lower = LowerTiers([Hanging(1 << 24), healthy], LAYOUT.fingerprint, counters, deadline_s=2.0)
+    queues = TierQueues(chunks._pool, lower, 16, counters)
+    write_back = WriteBack(client, queues)
+    number = 0
+
+    def all_but_those_that_hang_go_on() -> bool:
+        nonlocal number
+        write(chunks, list(range(number, number + 2 * SAVES_MAX)))
+        number += 2 * SAVES_MAX
+        return len(healthy) > 2 * SAVES_MAX
+
+    try:
+        eventually(all_but_those_that_hang_go_on, "chunks are written to the other tier")
+    finally:
+        go_on.set()
+        write_back.close()
+        queues.close()
+        lower.close()
+        chunks.close()
 
 
 def test_what_is_forgotten_is_forgotten_below_too(pool: Pool) -> None:

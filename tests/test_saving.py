@@ -212,11 +212,59 @@ def test_a_copier_that_hangs_keeps_its_chunk_and_nobody_waits_for_it(flat: Pool)
     assert moved(flat, move)
 
 
+@pytest.mark.parametrize("below", [False, True])
+def test_a_copier_that_is_stopped_is_waited_for_once_until_it_asks_again(pool: Pool, below: bool) -> None:
+    copier = READER if below else HOLDER
+    offers(pool, copier, below=below)
+    pool.store(ENGINE, 1, 2, 3, 4, *(range(5, 13) if below else ()))
+    while not patient(pool, 20, 21)[1]:
+        pool.store(ENGINE, pool.rid + 100)
+    pool.directory.called.clear()
+    pool.wait_ms(LATE_MS)
+    assert copier in pool.directory.called, "a notice wakes it when it goes on"
+    for number in range(30, 34):
+        granted, coming = patient(pool, number)
+        assert len(granted) == 1 and not coming
+        pool.commit(ENGINE, granted, number)
+    pool.wait_ms(LATE_MS)
+    offers(pool, copier, below=below)
+    assert patient(pool, 40, 41, 42)[1]
+
+
+def test_who_copies_all_the_time_is_not_set_aside(flat: Pool) -> None:
+    offers(flat, READER, below=True)
+    flat.store(ENGINE, 1, 2, 3, 4)
+    assert patient(flat, 5, 6, 7)[1] == 3
+    flat.wait_ms(LATE_MS - 400)
+    (move,) = offers(flat, READER, below=True, limit=1)
+    flat.wait_ms(400)
+    assert moved(flat, move)
+    flat.store(ENGINE, 8)
+    assert patient(flat, 9, 10, 11, 12)[1]
+
+
 def test_without_anybody_who_copies_nothing_is_waited_for_or_counted(pool: Pool) -> None:
     pool.store(ENGINE, 1, 2, 3, 4)
     assert len(patient(pool, *range(5, 13))[0]) == 8
     assert ranks(pool, 1) == [0]
     assert counted(pool, "evicted_unsaved") == 0 and not pool.directory.called
+
+
+@pytest.mark.parametrize("saving", [False, True])
+def test_a_new_size_displaces_what_is_colder_also_for_who_waits(flat: Pool, saving: bool) -> None:
+    if saving:
+        offers(flat, READER, below=True)
+    flat.store(ENGINE, 1, 2, 3, 4)
+    for number in (5, 6):
+        ask = protocol.Reserve(layout(2), 2 * CHUNK, keys(number), patient=True)
+        reply = flat.ask(ENGINE, ask, protocol.Reserved)
+        assert reply.coming == (2 if saving else 0), "a slab goes when all that is in it was copied"
+        if saving:
+            assert all(moved(flat, move) for move in offers(flat, READER, below=True))
+            reply = flat.ask(ENGINE, ask, protocol.Reserved)
+        flat.commit(ENGINE, protocol.unpack(reply.extents, EXTENT), number)
+    assert [key(number) in flat.directory.chunks for number in range(1, 7)] == [False] * 4 + [True] * 2
+    assert counted(flat, "evicted_unsaved") == 0
 
 
 def test_what_was_written_below_goes_at_once(flat: Pool) -> None:
@@ -274,6 +322,35 @@ def test_what_is_used_below_comes_back_up_and_its_copy_stays(pool: Pool) -> None
     assert moved(pool, promoted[0])
     assert sorted(ranks(pool, 4)) == [0, 1]
     assert int(pool.acquire(READER, 4)["segment"][0]) == 1, "readers find the lowest rank"
+
+
+def test_what_is_up_already_is_not_offered_up_again_to_who_is_near_its_copy(pool: Pool) -> None:
+    offers(pool, HOLDER)
+    pool.store(ENGINE, 1, 2, 3, 4)
+    patient(pool, 5)
+    (move,) = offers(pool, HOLDER, limit=1)
+    assert moved(pool, move)
+    down = int(move.target["segment"][0])
+    pool.directory.called.clear()
+    acquire = protocol.Acquire(move.key, layout(1), near=down)
+    extents = protocol.unpack(pool.ask(READER, acquire, protocol.Acquired).extents, EXTENT)
+    assert extents["segment"].tolist() == [down]
+    assert not pool.directory.called and offers(pool, HOLDER) == []
+
+
+def test_two_replicas_do_not_go_at_once(tmp_path: Path) -> None:
+    pool = Pool(tmp_path / "table", segments=(2 * CHUNK, 2 * CHUNK))
+    for segment in pool.segments:
+        ask = protocol.Reserve(layout(1), CHUNK, count=2, near=segment)
+        extents = protocol.unpack(pool.ask(ENGINE, ask, protocol.Reserved).extents, EXTENT)
+        assert set(pool.commit(ENGINE, extents, 1, 2, replica=True)) == {protocol.Outcome.COMMITTED}
+    offers(pool, READER, below=True)
+    granted, _ = patient(pool, 3, 4, 5, 6)
+    while not len(granted):
+        assert all(moved(pool, move) for move in offers(pool, READER, below=True))
+        granted, _ = patient(pool, 3, 4, 5, 6)
+    assert counted(pool, "evicted_unsaved") == 0
+    pool.close()
 
 
 def test_a_copy_outlives_the_server(pool: Pool) -> None:

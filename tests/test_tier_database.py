@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from vcache.limits import MIB, RECORD_HEADER_BYTES
 from vcache.tiers.record import Header, header_for
 from vcache.tiers.rocksdb import files
-from vcache.tiers.rocksdb.database import SWEEP_S, Database, Draft
+from vcache.tiers.rocksdb.database import SWEEP_S, TIER_FLUSH_S, Database, Draft
 
 LAYOUT, OTHER = b"L" * 16, b"O" * 16
 SIZE = 64 << 10
@@ -338,6 +339,49 @@ def test_files_that_are_damaged_or_gone_cost_their_chunks_and_nothing_else(bench
     assert bench.here(0, 1, 2, 3) == [2, 3]
     assert bench.database.held_bytes == 2 * RECORD
     assert left(bench.path) == [key(2).hex(), key(3).hex()]
+    assert bench.put(1) and bench.get(1)
+
+
+@pytest.mark.parametrize("what", ["folder", "pipe", "link", "loop"])
+def test_what_others_put_between_the_files_costs_no_more_than_its_chunk(bench: Bench, what: str) -> None:
+    def put_there(path: Path) -> None:
+        path.unlink(missing_ok=True)
+        if what == "folder":
+            path.mkdir()
+            (path / "theirs").touch()
+        elif what == "pipe":
+            os.mkfifo(path)
+        else:
+            path.symlink_to(path if what == "loop" else bench.path / "nothing")
+
+    assert bench.put(1) and bench.put(2)
+    put_there(Path(files.path_of(bench.path, key(1))))
+    assert not bench.get(1) and bench.get(2)
+    for stranger in ("new/7", "07/theirs", f"00/{key(3).hex()}"):
+        put_there(bench.path / "chunks" / stranger)
+    bench.database.close()
+    bench.open()
+    assert not bench.get(1) and bench.get(2) and not bench.database.contains(key(3))
+    assert bench.put(4)
+    assert bench.put(1) == (what != "folder")
+
+
+def test_what_could_not_be_synchronised_before_is_not_said_to_be(bench: Bench) -> None:
+    assert bench.put(1)
+    shutil.rmtree(bench.path / "chunks/00")
+    bench.clock.now_s += 2 * TIER_FLUSH_S
+    bench.database.tick()
+    assert not bench.database.sync()
+    assert bench.put(2), "opened anew, with its folders"
+    assert bench.database.sync()
+    assert not bench.get(1) and bench.get(2)
+
+
+def test_a_file_in_place_of_a_folder_goes(bench: Bench) -> None:
+    bench.database.close()
+    (bench.path / "chunks/00").rmdir()
+    (bench.path / "chunks/00").touch()
+    bench.open()
     assert bench.put(1) and bench.get(1)
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,6 +129,41 @@ def test_two_engines_share_one_owner(owners: Owners) -> None:
     assert is_here(second, 1)
 
 
+def test_engines_may_name_the_directory_by_different_paths(owners: Owners, tmp_path: Path) -> None:
+    assert owners.tier().put(key(1), chunk(1), LAYOUT)
+    (tmp_path / "link").symlink_to(owners.path)
+    other = RocksTier(tmp_path / "link", capacity_bytes=256 * MIB, deadline_s=DEADLINE_S)
+    owners.tiers.append(other)
+    assert is_here(other, 1)
+    assert other.put(key(2), chunk(2), LAYOUT)
+    assert is_here(owners.tiers[0], 2)
+
+
+def test_a_file_that_somebody_removed_is_missed_once_and_then_put_anew(owners: Owners) -> None:
+    tier = owners.tier()
+    assert tier.put(key(1), chunk(1), LAYOUT)
+    os.unlink(files.path_of(owners.path, key(1)))
+    assert not is_here(tier, 1)
+    assert tier.contains([key(1)]) == [False]
+    assert tier.put(key(1), chunk(1), LAYOUT) and is_here(tier, 1)
+
+
+def test_an_owner_that_is_killed_under_a_write_leaves_no_draft(
+    owners: Owners, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = owners.tier()
+    write = files.write
+
+    def write_late(*given: Any) -> None:
+        owners.kill()
+        write(*given)
+
+    monkeypatch.setattr(files, "write", write_late)
+    with pytest.raises(ConnectionError):
+        tier.put(key(1), chunk(1), LAYOUT)
+    assert list((owners.path / "chunks/new").iterdir()) == []
+
+
 def test_a_record_of_another_length_or_layout_is_a_miss_and_deleted(owners: Owners) -> None:
     tier = owners.tier()
     for number in (1, 2):
@@ -221,9 +257,10 @@ def test_an_engine_that_dies_in_mid_write_leaves_nothing(owners: Owners) -> None
     link = tier._take(deadline_s)
     reply = link.ask(Put(key(1), SIZE), deadline_s)
     assert isinstance(reply, Write)
-    Path(reply.path).write_bytes(b"half of")
+    draft = Path(files.draft_path(owners.path, reply.name))
+    draft.write_bytes(b"half of")
     link.close()
-    eventually(lambda: not Path(reply.path).exists(), "what it had begun is removed")
+    eventually(lambda: not draft.exists(), "what it had begun is removed")
     assert tier.contains([key(1)]) == [False]
 
 

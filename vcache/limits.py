@@ -329,6 +329,9 @@ SAVE_LOOK_S: Final = 0.002
 SAVES_MAX: Final = 16
 """Chunks that one engine writes to the lower tiers before they are evicted, at once: some for each tier."""
 
+SAVE_HANG_LOOK_S: Final = 1.0
+"""How often an engine looks for a tier that hangs while SAVES_MAX wait: seldom beside its deadline."""
+
 PREFETCH_CHUNKS_MAX: Final = 256
 """Chunks that wait to be prefetched: some long prompts; later ones are loaded when they are retrieved."""
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from vcache.client import Grant, Move
@@ -24,16 +25,23 @@ from vcache.logs import Line
 _log = logging.getLogger(__name__)
 
 
+class _Kept(NamedTuple):
+    """What became of chunks: how many the tier has now, and how many of these it had not before."""
+
+    chunks: int = 0
+    new: int = 0
+
+
 class _Waiting(NamedTuple):
     """Chunks under one pin; keys[i] lies in grant.extents[i].
 
-    end: to be called once, when nothing here reads them any more, with how many the tier has. expires_ms:
-    None: as of chunks that were stored just now. layout: None: the engine's own.
+    end: to be called once, when nothing here reads them any more. expires_ms: None: as of chunks that were
+    stored just now. layout: None: the engine's own.
     """
 
     grant: Grant
     keys: list[bytes]
-    end: Callable[[int], None]
+    end: Callable[[_Kept], None]
     expires_ms: int | None = None
     layout: bytes | None = None
 
@@ -105,7 +113,7 @@ class TierQueue:
         there = [key for key, there in zip(keys, flags, strict=False) if there]
         return _Waiting(grant, there, lambda _: self._pool.release(grant))
 
-    def take(self, move: Move, end: Callable[[int], None], expires_ms: int) -> None:
+    def take(self, move: Move, end: Callable[[_Kept], None], expires_ms: int) -> None:
         """Have a chunk written that is about to be evicted; `end` as in `_Waiting`. No limit counts here."""
         waiting = _Waiting(move.source, [move.key], end, expires_ms, move.layout)
         with self._changed:
@@ -116,7 +124,7 @@ class TierQueue:
                 self._changed.notify_all()
                 return
         self._drop(1)
-        end(0)
+        end(_Kept())
 
     def forget(self, keys: Sequence[bytes] | None) -> None:
         """See to it that these chunks (None: all that are on their way) are not in the tier in the end."""
@@ -124,6 +132,20 @@ class TierQueue:
             if self._chunks:
                 coming = [key for each in self._waiting for key in each.keys] + self._writing
                 self._forgotten.update(coming if keys is None else keys)
+
+    def give_up_saving(self) -> None:
+        """If the tier hangs: end what was taken for it and waits; there may be others that do not hang."""
+        if self._tier.is_available:
+            return
+        with self._changed:
+            given_up = [each for each in self._waiting if each.layout is not None]
+            self._waiting = deque(each for each in self._waiting if each.layout is None)
+            self._chunks -= len(given_up)
+            self._changed.notify_all()
+        if given_up:
+            self._drop(len(given_up))
+        for waiting in given_up:
+            waiting.end(_Kept())
 
     def remove(self, key: bytes) -> None:
         """Forget a chunk in the tier itself."""
@@ -146,7 +168,7 @@ class TierQueue:
             left = sum(len(waiting.keys) for waiting in given_up)
             self._chunks -= left
         for waiting in given_up:
-            waiting.end(0)
+            waiting.end(_Kept())
         if left:
             self._drop(left)
         self._thread.join(TIER_DRAIN_S)
@@ -167,7 +189,7 @@ class TierQueue:
                     return
                 waiting = self._waiting.popleft()
                 self._writing = waiting.keys
-            kept = 0
+            kept = _Kept()
             try:
                 kept = self._write(waiting)
             except LocalStateError as error:  # the client was closed under us: its pins ended with it
@@ -186,11 +208,11 @@ class TierQueue:
                         self._forgotten.clear()
                     self._changed.notify_all()
 
-    def _write(self, waiting: _Waiting) -> int:
-        """Write what was not forgotten; how many the tier has now."""
+    def _write(self, waiting: _Waiting) -> _Kept:
+        """Write what was not forgotten."""
         extents, grant = waiting.grant.extents, waiting.grant
         expires_ms = self._expires_ms() if waiting.expires_ms is None else waiting.expires_ms
-        kept = 0
+        kept = new = 0
         for at, key in enumerate(waiting.keys):
             if key in self._forgotten:
                 continue
@@ -199,35 +221,49 @@ class TierQueue:
                 # Intact and borrowed now: then pin and memory stay as they are until they are given back.
                 if views[0] is None or not self._pool.intact(grant, at, at + 1):
                     self._counters.add(tier_dropped_chunks=len(waiting.keys) - at)
-                    return kept
+                    return _Kept(kept, new)
                 # What came from below and goes down again is there already.
                 is_there = waiting.layout is not None and self._tier.has(key)
                 is_kept = is_there or self._tier.put(key, views[0], expires_ms, waiting.layout)
             kept += is_kept
             if is_there:
                 continue
+            new += is_kept
             self._counters.add(**{"tier_written_chunks" if is_kept else "tier_refused_chunks": 1})
             if key in self._forgotten:
                 self._tier.remove([key])
-        return kept
+        return _Kept(kept, new)
 
 
-class _Left:
-    """Tiers that are still to say whether they have a chunk."""
+class Saved:
+    """A chunk that was written to the lower tiers before its eviction, or could not be."""
 
-    def __init__(self, tiers: int, end: Callable[[bool], None]) -> None:
-        self._tiers = tiers
+    def __init__(self, key: bytes, queues: Sequence[TierQueue], end: Callable[[Saved], None]) -> None:
+        """end: called once, when every queue has said what became of it."""
+        self._key = key
+        self._left = len(queues)
         self._end = end
         self._kept = 0
+        self._new: list[TierQueue] = []
         self._guard = threading.Lock()
 
-    def one_less(self, kept: int) -> None:
+    def __bool__(self) -> bool:
+        return bool(self._kept)
+
+    def heard(self, queue: TierQueue, kept: _Kept) -> None:
+        """One queue is done with it."""
         with self._guard:
-            self._kept += kept
-            self._tiers -= 1
-            if self._tiers:
+            self._kept += kept.chunks
+            self._new += [queue] if kept.new else []
+            self._left -= 1
+            if self._left:
                 return
-        self._end(bool(self._kept))
+        self._end(self)
+
+    def undo(self) -> None:
+        """Have it removed where it was not before; a tier that had it keeps what others have put there."""
+        for queue in self._new:
+            queue.remove(self._key)
 
 
 class TierQueues:
@@ -264,25 +300,25 @@ class TierQueues:
         for queue in self._queues:
             queue.accept(keys)
 
-    def take(self, move: Move, end: Callable[[bool], None]) -> None:
-        """Have a chunk that is about to be evicted written to every tier; `end` hears whether one has it now.
+    def take(self, move: Move, end: Callable[[Saved], None]) -> None:
+        """Have a chunk that is about to be evicted written to every tier; `end` hears what became of it.
 
         It is called once, when nothing here reads the chunk any more.
         """
         expires_ms = int(self._clock() * 1000) + move.ttl_ms if move.ttl_ms else 0
-        left = _Left(len(self._queues), end)
+        saved = Saved(move.key, self._queues, end)
         for queue in self._queues:
-            queue.take(move, left.one_less, expires_ms)
+            queue.take(move, partial(saved.heard, queue), expires_ms)
+
+    def give_up_saving(self) -> None:
+        """As `TierQueue.give_up_saving`."""
+        for queue in self._queues:
+            queue.give_up_saving()
 
     def forget(self, keys: Sequence[bytes] | None) -> None:
         """As `TierQueue.forget`."""
         for queue in self._queues:
             queue.forget(keys)
-
-    def remove(self, key: bytes) -> None:
-        """Forget a chunk in every tier."""
-        for queue in self._queues:
-            queue.remove(key)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until nothing waits any more; whether that came true."""

@@ -7,9 +7,9 @@ from contextlib import suppress
 
 from vcache.client import Client, Move
 from vcache.engine.moving import Courier
-from vcache.engine.tier_queue import TierQueues
+from vcache.engine.tier_queue import Saved, TierQueues
 from vcache.errors import LocalStateError, ServerError, Unavailable
-from vcache.limits import SAVES_MAX
+from vcache.limits import SAVE_HANG_LOOK_S, SAVES_MAX
 
 
 class WriteBack(Courier):
@@ -31,20 +31,23 @@ class WriteBack(Courier):
             self._client.offers(below=True, limit=0)
 
     def _room(self) -> int:
-        with self._changed:
-            self._changed.wait_for(lambda: self._under_way < SAVES_MAX or self._is_ending)
-            return 0 if self._is_ending else SAVES_MAX - self._under_way
+        while True:
+            with self._changed:
+                may_go_on = self._changed.wait_for(
+                    lambda: self._under_way < SAVES_MAX or self._is_ending, SAVE_HANG_LOOK_S
+                )
+                if may_go_on:
+                    return 0 if self._is_ending else SAVES_MAX - self._under_way
+            self._queues.give_up_saving()
 
     def _carry_out(self, move: Move) -> None:
         with self._changed:
             self._under_way += 1
 
-        def end(kept: bool) -> None:
+        def end(saved: Saved) -> None:
             try:
-                if not self._client.moved(move, done=kept) and kept:
-                    self._queues.remove(
-                        move.key
-                    )  # it was removed from the pool meanwhile: it must not come back
+                if not self._client.moved(move, done=bool(saved)):
+                    saved.undo()  # it was removed from the pool meanwhile: it must not come back
             finally:
                 with self._changed:
                     self._under_way -= 1

@@ -89,6 +89,7 @@ class Database:
         self._unsynced: list[str] = []
         self._unsynced_since_s = 0.0
         self._syncing: threading.Thread | None = None
+        self._is_unsynced = False
         self._swept_s = clock()
         self._is_broken = False
         self._write = WriteOptions()
@@ -106,10 +107,14 @@ class Database:
         return entry is not None and not self._has_expired(entry)
 
     def use(self, keys: Iterable[bytes]) -> None:
-        """Records were read, the last one most recently."""
+        """Records were read, or looked for, the last one most recently; what has no file any more is
+        forgotten.
+        """
         for key in keys:
             entry = self._entries.get(key)
-            if entry is not None:
+            if entry is not None and not os.path.lexists(files.path_of(self._directory, key)):
+                self._forget([key], "damaged")
+            elif entry is not None:
                 self._entries[key] = entry._replace(used_ms=self._now_ms())
                 self._entries.move_to_end(key)
                 self._used_since.add(key)
@@ -269,7 +274,9 @@ class Database:
         if self._syncing is not None:
             self._syncing.join()
         paths, self._unsynced = self._unsynced, []
-        if not self._sync_files(paths):
+        self._sync_files(paths)
+        if self._is_unsynced:  # now or before: the kernel says it once, and what it did not write is lost
+            self._is_unsynced = False
             return False
         try:
             self._db.flush_wal(True)
@@ -278,13 +285,12 @@ class Database:
             return False
         return True
 
-    def _sync_files(self, paths: list[str]) -> bool:
+    def _sync_files(self, paths: list[str]) -> None:
         try:
             files.sync(paths)
         except OSError as error:
+            self._is_unsynced = True
             self._fails("records cannot be written to the disk", error)
-            return False
-        return True
 
     def _note_uses(self) -> None:
         if self._used_since:

@@ -9,7 +9,9 @@ piece while the piece is in the processor's cache.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -60,9 +62,11 @@ def read(path: str, key: bytes, layout: bytes, into: memoryview) -> Header | Fla
     What `into` holds unless the answer is a header is undefined. Raises OSError.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = _opened(path)
     except FileNotFoundError:
         return None
+    if fd is None:
+        return Flaw.NOT_OURS
     try:
         raw = bytearray(RECORD_HEADER_BYTES)
         first = into[:TIER_PIECE_BYTES]
@@ -76,6 +80,20 @@ def read(path: str, key: bytes, layout: bytes, into: memoryview) -> Header | Fla
         return header if _checksum(fd, into, got - RECORD_HEADER_BYTES) == header.checksum else Flaw.CHUNK
     finally:
         os.close(fd)
+
+
+def _opened(path: str) -> int | None:
+    """A plain file, to be read; None: it is a link, a folder, a pipe … that somebody else has put there."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            return None
+        raise
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    return None
 
 
 def _checksum(fd: int, into: memoryview, got: int) -> int | None:
@@ -92,7 +110,9 @@ def _checksum(fd: int, into: memoryview, got: int) -> int | None:
 
 def header_at(path: str) -> Header | Flaw:
     """The header of a record, if the file is as long as it says. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = _opened(path)
+    if fd is None:
+        return Flaw.NOT_OURS
     try:
         header = read_header(os.pread(fd, RECORD_HEADER_BYTES, 0))
         if isinstance(header, Header) and os.fstat(fd).st_size != RECORD_HEADER_BYTES + header.length:
@@ -105,24 +125,34 @@ def header_at(path: str) -> Header | Flaw:
 def prepare(directory: Path) -> None:
     """Make the folders, and remove what was being written when somebody was killed."""
     for name in (_NEW, *(f"{first:02x}" for first in range(256))):
-        (directory / FOLDER / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = directory / FOLDER / name
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except FileExistsError:  # something else lies there
+            folder.unlink()
+            folder.mkdir(mode=0o700)
     for path in (directory / FOLDER / _NEW).iterdir():
-        path.unlink(missing_ok=True)
+        remove(str(path))
 
 
 def there(directory: Path) -> Iterator[tuple[bytes, str, int]]:
-    """Every whole file: key, path, bytes. What has no key's name is removed."""
+    """Every whole file: key, path, bytes. What is no file of a key's name is removed; folders stay."""
     for first in range(256):
         with os.scandir(directory / FOLDER / f"{first:02x}") as entries:
             for entry in entries:
-                try:
-                    key = bytes.fromhex(entry.name)
-                except ValueError:
-                    key = b""
-                if len(key) == KEY_BYTES and key[0] == first:
-                    yield key, entry.path, entry.stat().st_size
+                key = _key_named(entry.name)
+                if key is not None and key[0] == first and entry.is_file(follow_symlinks=False):
+                    yield key, entry.path, entry.stat(follow_symlinks=False).st_size
                 else:
-                    os.unlink(entry.path)
+                    remove(entry.path)
+
+
+def _key_named(name: str) -> bytes | None:
+    try:
+        key = bytes.fromhex(name)
+    except ValueError:
+        return None
+    return key if len(key) == KEY_BYTES and key.hex() == name else None
 
 
 def remove(path: str) -> None:
@@ -135,11 +165,17 @@ def remove(path: str) -> None:
 
 def sync(paths: list[str]) -> None:
     """Have files on the disk, and their names; those that are gone by now do not matter. Raises OSError."""
-    for path in (*paths, *sorted({os.path.dirname(path) for path in paths})):
+    for path in paths:
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            _sync(_opened(path))
         except FileNotFoundError:
             continue
+    for folder in sorted({os.path.dirname(path) for path in paths}):
+        _sync(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+
+
+def _sync(fd: int | None) -> None:
+    if fd is not None:
         try:
             os.fsync(fd)
         finally:

@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-PROTOCOL: Final = 2
+PROTOCOL: Final = 3
 """Changes with any message; an owner of another protocol is waited for until it ends."""
 
 
@@ -80,9 +80,12 @@ class Done(msgspec.Struct, tag="done", frozen=True, forbid_unknown_fields=True):
 
 
 class Write(msgspec.Struct, tag="write", frozen=True, forbid_unknown_fields=True):
-    """Write the record to this file, and say `Written`."""
+    """Write the record to the draft of this name, and say `Written`.
 
-    path: str
+    No path: every engine has its own way to the directory.
+    """
+
+    name: str
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True, forbid_unknown_fields=True):

@@ -202,7 +202,7 @@ class Owner:
         if isinstance(draft, bool):
             return Done(int(draft))
         connection.draft = draft
-        return Write(draft.path)
+        return Write(os.path.basename(draft.path))
 
     def _written(self, connection: _Connection, request: Written) -> Reply:
         draft, connection.draft = connection.draft, None

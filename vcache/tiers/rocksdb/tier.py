@@ -188,6 +188,7 @@ class RocksTier:
         target = files.view_of(into)
         header = files.read(files.path_of(self._directory, key), key, layout, target)
         if header is None:
+            self._tell_used(key)  # the owner looks whether it believes in a file that has gone
             return None
         if isinstance(header, Flaw):
             _log.warning(Line("a record is deleted", tier=self.name, key=key.hex(), flaw=header.value))
@@ -196,10 +197,13 @@ class RocksTier:
         expires_ms = header.expiry_ms(self._ttl_s)
         if has_expired(expires_ms, int(self._clock() * 1000)):
             return None
+        self._tell_used(key)
+        return Found(expires_ms)
+
+    def _tell_used(self, key: bytes) -> None:
         with self._guard:
             if len(self._used) < TIER_USES_MAX:
                 self._used.append(key)
-        return Found(expires_ms)
 
     def put(self, key: bytes, chunk: torch.Tensor, layout: bytes, expires_ms: int = 0) -> bool:
         """Keep a copy of `chunk`, or not: room decides."""
@@ -209,13 +213,19 @@ class RocksTier:
             reply = link.ask(Put(key, len(source)), deadline_s)
             if not isinstance(reply, Write):
                 return bool(link.expect(reply, Done).count)
-            done = self._written(reply.path, header, source)
-            # However long that took: the owner is still there for it.
-            return bool(link.expect(link.ask(Written(done), time.monotonic() + self._deadline_s), Done).count)
+            if "/" in reply.name:
+                raise RemoteProtocolError(f"put: told to write {reply.name}, which is no file's name")
+            path = files.draft_path(self._directory, reply.name)
+            try:
+                done = self._written(path, header, source)
+                # However long that took: the owner is still there for it.
+                written = link.ask(Written(done), time.monotonic() + self._deadline_s)
+            except BaseException:
+                files.remove(path)  # an owner that was killed removes nothing
+                raise
+            return bool(link.expect(written, Done).count)
 
     def _written(self, path: str, header: Header, source: memoryview) -> bool:
-        if not path.startswith(f"{self._directory}/{files.FOLDER}/"):
-            raise RemoteProtocolError(f"put: told to write {path}, which is not in the tier's directory")
         try:
             files.write(path, header, source)
         except OSError as error:
