@@ -199,7 +199,12 @@ def _hits(
                 if at == port:
                     forget(port)
                 complete(at, [3, 4 + turn, 5 + number], max_tokens=1)
-                seconds[each] = _hit(at, prompt, whole=whole or each == FLOOR)
+                try:
+                    seconds[each] = _hit(at, prompt, whole=whole or each == FLOOR)
+                except RuntimeError:  # a request that was under way when it was stopped came too late
+                    if at == port:
+                        forget(port)
+                    seconds[each] = _hit(at, prompt, whole=whole or each == FLOOR)
             if number:  # the first round warms up
                 figures.over_s[name, length].append(seconds[name] - seconds[FLOOR])
                 for each, second in seconds.items():
