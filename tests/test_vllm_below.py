@@ -80,7 +80,7 @@ def below(client: Client, tier: Tier) -> Iterator[Below]:
 
 
 def bring(below: Below) -> int:
-    return below.bring([KEY], leading=True, within_s=DEADLINE_S)
+    return below.bring(below.look([KEY]), range(1), within_s=DEADLINE_S)
 
 
 def chunks(client: Client) -> int:

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from vcache.config import Config
 from vcache.engine.lower import LowerTiers
@@ -17,6 +18,23 @@ from vcache.layout import KVLayout
 from vcache.tiers import Tier
 
 _log = logging.getLogger("vcache.integration.vllm")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Where some chunks were found. below: those that only a tier has. forgotten: how often the tiers were
+    emptied before.
+    """
+
+    keys: tuple[bytes, ...]
+    in_pool: tuple[bool, ...]
+    below: frozenset[bytes]
+    forgotten: int
+
+    @property
+    def there(self) -> list[bool]:
+        """Of each chunk, whether it is anywhere."""
+        return [is_there or key in self.below for key, is_there in zip(self.keys, self.in_pool, strict=True)]
 
 
 class Below:
@@ -40,27 +58,30 @@ class Below:
         self._emptying = threading.Lock()
         self._is_stale = False
 
-    def bring(self, keys: Sequence[bytes], *, leading: bool, within_s: float) -> int:
-        """Have those chunks that a tier has loaded into the pool; how many it has. Returns when they are
-        there, or will not come, or after `within_s`.
+    def look(self, keys: Sequence[bytes]) -> Seen:
+        """What the pool and the tiers have of these chunks."""
+        forgotten = self._forgotten
+        in_pool = self._pool.contains(keys)
+        missing = [key for key, is_there in zip(keys, in_pool, strict=True) if not is_there]
+        if not missing or (self._is_stale and not self._empty()):
+            return Seen(tuple(keys), tuple(in_pool), frozenset(), forgotten)
+        found = self._lower.contains(missing)
+        below = frozenset(key for key, is_there in zip(missing, found, strict=True) if is_there)
+        return Seen(tuple(keys), tuple(in_pool), below, forgotten)
 
-        leading: only those before the first that no tier has.
+    def bring(self, seen: Seen, wanted: range, *, within_s: float) -> int:
+        """Have those of the chunks `wanted` that are below loaded into the pool; how many these are. Returns
+        when they are there, or will not come, or after `within_s`.
         """
         deadline_s = time.monotonic() + within_s
-        forgotten = self._forgotten
-        if self._is_stale and not self._empty():
-            return 0
-        there = self._lower.contains(keys)
-        if leading:
-            there = there[: there.index(False)] if False in there else there
-        wanted = [key for key, is_there in zip(keys, there, strict=False) if is_there]
+        keys = [key for key in seen.keys[wanted.start : wanted.stop] if key in seen.below]
         with self._guard:
-            if self._forgetting or self._forgotten != forgotten:  # what was found is of before
+            if self._forgetting or self._forgotten != seen.forgotten:  # what was found is of before
                 return 0
-            self._prefetch.want(wanted)
-        for key in wanted:
+            self._prefetch.want(keys)
+        for key in keys:
             self._prefetch.wait_for(key, max(0.0, deadline_s - time.monotonic()))
-        return len(wanted)
+        return len(keys)
 
     def forget(self) -> None:
         """Forget all that the tiers have, of every model, and what is on its way to and from them; with what

@@ -86,10 +86,8 @@ class Fetches:
         chunks = range(first, min(end, first + PREFETCH_CHUNKS_MAX))
         hashes = tracked.request.block_hashes
         parts = tuple(
-            FetchPart(
-                at, self._keys.of_all_places(hashes, chunks, at, tracked.adapter), not group.window_tokens
-            )
-            for at, group in enumerate(self._groups)
+            FetchPart(at, self._keys.of_all_places(hashes, chunks, at, tracked.adapter))
+            for at in range(len(self._groups))
         )
         self._last += 1
         self._running[self._last] = _Fetching(self._ranks, tracked.fetch_deadline_s)

@@ -79,19 +79,15 @@ class Save:
 
 @dataclass(frozen=True)
 class FetchPart:
-    """Chunks of one group to bring up from lower tiers: of each rank its keys, in the order of the sequence.
-
-    leading: those behind one that is missing are of no use.
-    """
+    """Chunks of one group that lower tiers may have: of each rank its keys, in the order of the sequence."""
 
     group: int
     keys: dict[Place, tuple[bytes, ...]]
-    leading: bool
 
 
 @dataclass(frozen=True)
 class Fetch:
-    """Bring these chunks up into the pool, if a lower tier has them."""
+    """Bring up into the pool what a hit needs of these chunks; the same ones of every group."""
 
     id: int
     parts: tuple[FetchPart, ...]

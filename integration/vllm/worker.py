@@ -20,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 from integration.vllm.affinity import use_all_cores
 from integration.vllm.below import Below
 from integration.vllm.groups import Groups, is_replicated
+from integration.vllm.hits import first_needed, longest_hit
 from integration.vllm.identity import group_identity, model_identity, page_format
 from integration.vllm.layer_waits import LayerWaits
 from integration.vllm.messages import Fetch, Identity, Load, LoadPart, Orders, Place, Report, Save, SavePart
@@ -359,18 +360,34 @@ class WorkerHalf:
         brought = 0
         try:
             patience_s = self._configured.settings.fetch_deadline_ms / 1e3
-            is_late = time.monotonic() - began_s > max(patience_s, _FETCH_BEGINS_S)
-            for part in () if is_late else fetch.parts:
-                below = self._halves[part.group].below
-                if below is not None:
-                    keys = part.keys[self._place]
-                    within_s = max(0.0, began_s + patience_s - time.monotonic())
-                    brought += below.bring(keys, leading=part.leading, within_s=within_s)
+            if time.monotonic() - began_s <= max(patience_s, _FETCH_BEGINS_S):
+                brought = self._bring(fetch, began_s + patience_s)
         except Exception as error:  # of ours or a tier's: a miss
             _log.exception("nothing was fetched from lower tiers")
             self._counters.failed(Cause.TIER, repr(error))
         finally:
             self._fetched(fetch, brought)
+
+    def _bring(self, fetch: Fetch, deadline_s: float) -> int:
+        """Bring up what the longest hit needs, of pool and tiers together; how many chunks were below."""
+        looked = [
+            (half.below, part.group, half.below.look(part.keys[self._place]))
+            for part in fetch.parts
+            if (half := self._halves[part.group]).below is not None
+        ]
+        if not looked:
+            return 0
+        tokens = self._groups.chunk_tokens
+        windows = [self._groups.groups[group].window_tokens for _, group, _ in looked]
+        end = longest_hit([seen.there for *_, seen in looked], windows, first=0, chunk_tokens=tokens)
+        return sum(
+            below.bring(
+                seen,
+                range(first_needed(end, 0, tokens, window), end),
+                within_s=max(0.0, deadline_s - time.monotonic()),
+            )
+            for (below, _, seen), window in zip(looked, windows, strict=True)
+        )
 
     def _fetched(self, fetch: Fetch, brought: int) -> None:
         with self._changed:

@@ -1,14 +1,17 @@
-"""Models and machines that several tests share: an engine takes half a minute to start."""
+"""What several tests share: models and machines, for an engine takes half a minute to start; halves."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from integration.vllm import keys
 from tests.vllm import models
+from tests.vllm.halves import Working
 from tests.vllm.harness import Machine
 
 TIMEOUT_S = 900
@@ -53,3 +56,24 @@ def unused_port() -> Callable[[], int]:
             return int(found.getsockname()[1])
 
     return find
+
+
+@pytest.fixture
+def hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys are made without a configuration of vLLM's."""
+    monkeypatch.setattr(keys, "hashing", lambda config: (b"algorithm", b"seed"))
+
+
+@pytest.fixture
+def working() -> Iterator[Any]:
+    """Make workers' halves; their threads end with the test."""
+    made: list[Working] = []
+
+    def make(**how: Any) -> Working:
+        made.append(Working(**how))
+        return made[-1]
+
+    yield make
+    for worker in made:
+        worker.held.set()
+        worker.close()

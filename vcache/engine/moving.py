@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -22,11 +23,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-class Courier:
-    """A thread that asks for offers of one kind and carries them out; it ends with the client.
-
-    A subclass says what `_carry_out` does with a move: it has to end it, by `Client.moved`, sooner or later.
-    """
+class Courier(ABC):
+    """A thread that asks for offers of one kind and carries them out; it ends with the client."""
 
     def __init__(self, client: Client, *, below: bool) -> None:
         self._client = client
@@ -35,8 +33,9 @@ class Courier:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
+    @abstractmethod
     def _carry_out(self, move: Move) -> None:
-        raise NotImplementedError
+        """Begin with a move, which has to be ended by `Client.moved`, sooner or later."""
 
     def _room(self) -> int:
         """How many moves may be taken now; waits until there is at least one, 0 ends the thread."""
