@@ -41,7 +41,7 @@ class Courier(ABC):
         """How many moves may be taken now; waits until there is at least one, 0 ends the thread."""
         return OFFERS_PER_REQUEST_MAX
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> None:  # noqa: B027  not every courier has to
         """What has to be done before the first move can be carried out at once."""
 
     def _run(self) -> None:
@@ -75,7 +75,7 @@ class SegmentMover(Courier):
         self._lanes: Lanes | None = None
         super().__init__(client, below=False)
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> None:  # noqa: B027  not every courier has to
         if self._on_gpu:  # torch takes seconds to import, and a holder of host memory does without it
             from vcache.engine.lanes import Lanes
 
