@@ -75,7 +75,7 @@ class SegmentMover(Courier):
         self._lanes: Lanes | None = None
         super().__init__(client, below=False)
 
-    def _prepare(self) -> None:  # noqa: B027  not every courier has to
+    def _prepare(self) -> None:
         if self._on_gpu:  # torch takes seconds to import, and a holder of host memory does without it
             from vcache.engine.lanes import Lanes
 
