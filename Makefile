@@ -4,7 +4,7 @@
 #   TORCH_VERSION=2.13.0        another PyTorch
 #   TORCH="torch==2.13.0 --index-url https://…"    the pip arguments that install PyTorch, as they are
 #   EXTRAS=dev,cuda12           other extras of pyproject.toml
-#   BENCH=--write               arguments of the benchmark that `make bench-lmcache` runs
+#   BENCH=--write               arguments of the benchmark that `make bench-vllm` or `make bench-lmcache` runs
 #
 # `make gpu` uses the machine's own torch, triton and cupy, and for the rest wheels/ where that folder is there:
 #
@@ -104,7 +104,7 @@ test-vllm: $(VLLM_STAMP) ## the connector's tests, with real vLLM on CPUs
 	$(VLLM_BIN)/python -m pytest -q tests/vllm
 
 bench-vllm: $(VLLM_STAMP) ## time to the first token beside vLLM's own prefix cache and peers
-	$(VLLM_BIN)/python -m benchmarks.vllm_ttft
+	$(VLLM_BIN)/python -m benchmarks.vllm_ttft $(BENCH)
 
 test-lmcache: ## tests with real LMCache, each version in an environment of its own
 	@[ -n "$(PYTHON)" ] || { echo "no Python 3.10 to 3.13 here: install one, or name it: make PYTHON=…" >&2; exit 1; }

@@ -27,6 +27,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.report import ROOT, commit, cpu, machine, result_path
 from benchmarks.vllm_servers import (
     BLOCK_TOKENS,
     SEGMENT,
@@ -88,14 +89,20 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7, help="hits of each prompt (7)")
     parser.add_argument("--cores", default="0-1", help="as VLLM_CPU_OMP_THREADS_BIND says them (0-1)")
     parser.add_argument("--without", nargs="*", default=[], help="of: example lmcache mooncake chat")
+    parser.add_argument("--write", action="store_true", help="keep the figures in benchmarks/results/")
     options = parser.parse_args()
-    console = Console(width=118)
+    console = Console(width=118, record=True)
+    console.print(machine())
     good = True
     with tempfile.TemporaryDirectory(prefix="vct", dir="/dev/shm") as name:
         for label in options.models:
             model = make_model(Path(name) / label, kv_heads=MODELS[label], layers=LAYERS)
             good &= _measure_model(console, Path(name), label, model, options)
             shutil.rmtree(model)
+    if options.write:
+        path = result_path(cpu(), f"vllm-{commit()}")
+        path.write_text(f"# Time to the first token\n\n```\n{console.export_text()}```\n")
+        print(path.relative_to(ROOT))
     return 0 if good else 1
 
 
