@@ -31,8 +31,11 @@ class Engine:
         salt: str | None = None,
         lora: list[Any] | None = None,
         prompt_logprobs: int | None = None,
+        image: list[int] | None = None,
     ) -> list[dict[str, Any]]:
-        """Answer prompts, all at once: tokens, their logprobs, how many tokens were cached."""
+        """Answer prompts, all at once: tokens, their logprobs, how many tokens were cached. image: a colour,
+        which all of them are asked about.
+        """
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
@@ -48,7 +51,10 @@ class Engine:
             )
             for count in counts
         ]
-        asked = [{"prompt_token_ids": prompt} | ({"cache_salt": salt} if salt else {}) for prompt in prompts]
+        beside: dict[str, Any] = {"cache_salt": salt} if salt else {}
+        if image:
+            beside["multi_modal_data"] = {"image": _image(image)}
+        asked = [{"prompt_token_ids": prompt, **beside} for prompt in prompts]
         adapter = LoRARequest(*lora) if lora else None
         answers = self.llm.generate(asked, parameters, use_tqdm=False, lora_request=adapter)
         return [_answer(each) for each in answers]
@@ -88,6 +94,12 @@ class Engine:
                 if ours and not sample.name.endswith("_created"):
                     found[sample.name] = found.get(sample.name, 0.0) + sample.value
         return found
+
+
+def _image(colour: list[int]) -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", (28, 28), tuple(colour))
 
 
 def _answer(output: Any) -> dict[str, Any]:

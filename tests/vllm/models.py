@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 VOCABULARY = 512
+IMAGE_TOKENS = 64
 
 
 def llama(folder: Path, *, seed: int = 0, dtype: str = "bfloat16", hidden: int = 128) -> Path:
@@ -52,6 +55,80 @@ def gemma3(folder: Path, *, seed: int = 0) -> Path:
     )
 
 
+def deepseek(folder: Path, *, seed: int = 0) -> Path:
+    """A DeepSeek-V2 of two dense layers: their KV is one latent vector a token (MLA)."""
+    from transformers import DeepseekV2Config
+
+    return _save(
+        folder,
+        DeepseekV2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            q_lora_rank=None,
+            kv_lora_rank=512,
+            qk_rope_head_dim=64,
+            qk_nope_head_dim=32,
+            v_head_dim=32,
+            n_routed_experts=2,
+            num_experts_per_tok=1,
+            n_shared_experts=1,
+            moe_intermediate_size=64,
+            first_k_dense_replace=2,
+            max_position_embeddings=4096,
+            tie_word_embeddings=False,
+            dtype="bfloat16",
+        ),
+        seed,
+    )
+
+
+def blip2(folder: Path, *, seed: int = 0) -> Path:
+    """A BLIP-2, which sees an image as IMAGE_TOKENS tokens before the text. Its words are `w3`, `w4`, …"""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import (
+        Blip2Config,
+        Blip2ForConditionalGeneration,
+        Blip2Processor,
+        BlipImageProcessorPil,
+        PreTrainedTokenizerFast,
+    )
+
+    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 64, "intermediate_size": 128}
+    config = Blip2Config(
+        vision_config={**small, "image_size": 28, "patch_size": 14},
+        qformer_config={**small, "vocab_size": 8, "encoder_hidden_size": 64},
+        text_config={
+            "model_type": "opt",
+            "vocab_size": VOCABULARY,
+            "hidden_size": 128,
+            "word_embed_proj_dim": 128,
+            "ffn_dim": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 4096,
+        },
+        num_query_tokens=IMAGE_TOKENS,
+        image_token_index=VOCABULARY - 1,
+    )
+    words = {**{f"w{number}": number for number in range(VOCABULARY - 1)}, "<image>": VOCABULARY - 1}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")),
+        unk_token="w0",
+        pad_token="w0",
+        bos_token="w1",
+        eos_token="w2",
+        additional_special_tokens=["<image>"],
+    )
+    size = {"height": 28, "width": 28}
+    Blip2Processor(BlipImageProcessorPil(size=size), tokenizer, IMAGE_TOKENS).save_pretrained(folder)
+    return _save(folder, config, seed, Blip2ForConditionalGeneration._from_config)
+
+
 def adapter(folder: Path, *, seed: int = 0) -> Path:
     """A LoRA adapter for `llama`."""
     import json
@@ -79,12 +156,12 @@ def adapter(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def _save(folder: Path, config: object, seed: int) -> Path:
+def _save(folder: Path, config: object, seed: int, make: Callable[..., Any] | None = None) -> Path:
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = (make or AutoModelForCausalLM.from_config)(config, dtype=torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():  # larger than the usual start: answers that depend on the prompt
             if parameter.dim() > 1:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.vllm.harness import BLOCK, START_S, EngineFailed, EngineProcess, Machine, eventually, prompt
+from tests.vllm.models import IMAGE_TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,36 @@ def test_two_tensor_parallel_ranks_have_chunks_of_their_own(
     assert answer["cached"] == expected["cached"] == 480
     assert answer["logprobs"] == expected["logprobs"]
     end(pool, split)
+
+
+def test_of_equal_latents_one_rank_stores_and_all_load(pool: Machine, model: Callable[..., Path]) -> None:
+    asked = prompt(12, 500)
+    before = pool.counters()["chunks"]
+    options = {"tensor_parallel_size": 2, "cores": "0|1", "block_size": 16}
+    (latent,) = start(pool, {"model": model("deepseek"), "name": "latent", **options})
+    computed = latent.ask(asked, max_tokens=4)
+    forget(latent)  # on CPUs vLLM has no prefix cache of its own with MLA; but it waits for what is stored
+    assert pool.counters()["chunks"] == before + 500 // 16
+    loaded, again = latent.ask(asked, max_tokens=4), latent.ask(asked, max_tokens=4)
+    assert computed["cached"] == 0 and loaded["cached"] == again["cached"] == 496
+    assert loaded["logprobs"] == again["logprobs"]
+    assert loaded["tokens"] == again["tokens"] == computed["tokens"]
+    end(pool, latent)
+
+
+def test_an_image_counts_by_its_content(pool: Machine, model: Callable[..., Path]) -> None:
+    options = {"model": model("blip2"), "skip_tokenizer_init": False}
+    one, other = start(pool, {"name": "sees-a", **options}, {"name": "sees-b", **options})
+    asked, red, green = prompt(14, 300), [200, 10, 10], [10, 200, 10]
+    one.ask(asked, image=red)
+    expected = one.ask(asked, image=red, max_tokens=4)
+    forget(one)
+    unlike = other.ask(asked, image=green, max_tokens=4)
+    assert unlike["cached"] == 0 and unlike["logprobs"] != expected["logprobs"]
+    answer = other.ask(asked, image=red, max_tokens=4)
+    assert answer["cached"] == expected["cached"] == (300 + IMAGE_TOKENS - 1) // BLOCK * BLOCK
+    assert answer["logprobs"] == expected["logprobs"]
+    end(pool, one, other)
 
 
 def test_a_hybrid_model_shares_all_its_groups(pool: Machine, model: Callable[..., Path]) -> None:
@@ -190,18 +221,17 @@ def test_beside_another_connector(
     end(pool, multi)
 
 
-@pytest.mark.parametrize(
-    ("extra", "words"),
-    [
-        ({"chunk_tokens": 48}, "chunk_tokens: got 48, wanted a multiple of 32"),
-        ({"lookup_deadline": 5}, "lookup_deadline (from kv_connector_extra_config): unknown field"),
-    ],
-)
-def test_a_wrong_setting_is_refused_at_the_start(
-    pool: Machine, model: Callable[..., Path], extra: dict[str, Any], words: str
-) -> None:
-    engine = pool.engine(model("llama"), name="refused", extra=extra, wait=False)
-    with pytest.raises(EngineFailed):
-        engine.receive(START_S)
-    assert words in engine.log.read_text()
-    end(pool, engine)
+def test_a_wrong_setting_is_refused_at_the_start(pool: Machine, model: Callable[..., Path]) -> None:
+    wrong = {
+        "chunk_tokens: got 48, wanted a multiple of 32": {"chunk_tokens": 48},
+        "lookup_deadline (from kv_connector_extra_config): unknown field": {"lookup_deadline": 5},
+    }
+    engines = {
+        words: pool.engine(model("llama"), name="refused", extra=extra, wait=False)
+        for words, extra in wrong.items()
+    }
+    for words, engine in engines.items():
+        with pytest.raises(EngineFailed):
+            engine.receive(START_S)
+        assert words in engine.log.read_text()
+    end(pool, *engines.values())

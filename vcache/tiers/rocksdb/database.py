@@ -18,6 +18,7 @@ import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from heapq import nsmallest
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -122,8 +123,8 @@ class Database:
 
     def rows(self, after: bytes, limit: int) -> list[Entry]:
         """Up to `limit` records behind the key `after`, in the order of keys."""
-        keys = sorted(key for key in self._entries if key > after)
-        return [self._entries[key] for key in keys[:limit]]
+        keys = nsmallest(limit, (key for key in self._entries if key > after))
+        return [self._entries[key] for key in keys]
 
     # -- writing
 
