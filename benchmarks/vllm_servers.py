@@ -138,9 +138,13 @@ class Folder:
                     inner.stop_vllm(port)
 
     def last_words(self) -> str:
-        """The ends of the logs of what was started here."""
-        tails = {path.name: path.read_text(errors="replace")[-400:] for path in self.path.glob("*.log")}
-        return "\n".join(f"{name}: …{tail}" for name, tail in tails.items())
+        """Of the logs of what was started here: the first lines that name an error, and the end."""
+        words = []
+        for path in self.path.glob("*.log"):
+            text = path.read_text(errors="replace")
+            errors = [line for line in text.splitlines() if "Error: " in line][:3]
+            words += [f"{path.name}:", *errors, f"…{text[-200:]}"]
+        return "\n".join(words)
 
     def vcache(self, lends: int | str = 0) -> dict[str, Any]:
         """The connector's configuration. lends: the size of the engine's segment."""

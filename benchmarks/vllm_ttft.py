@@ -2,9 +2,11 @@
 peers.
 
 All servers are started the same way and bound to the same cores, the baseline among them; models have random
-weights; every prompt is new to a warm server. One run measures everything, side by side: each figure of a
-cache is taken right beside one of the baseline, with all other servers stopped, and their differences are
-what is compared. To be run in the environment that `make test-vllm` makes.
+weights; every prompt is new to a warm server. One run measures everything, with all servers stopped but one.
+A hit of a cache is followed by one of the same server's own prefix cache, and their difference is what is
+compared: two servers that do the same differ by more milliseconds than a copy takes. A prompt that VCache
+stores is computed by the baseline, too, right before or after. To be run in the environment that
+`make test-vllm` makes.
 """
 
 from __future__ import annotations
@@ -47,6 +49,9 @@ LENGTHS = (512, 1024, 2048, 3000)
 MODELS = {"GQA4": 4, "MHA16": 16}
 LAYERS, HEAD_SIZE = 8, 64
 WARM_UP = 4
+COLD_MORE = {512: 10, 1024: 6, 2048: 3, 3000: 2}
+"""Prompts that are only computed and stored: a ratio of two servers needs many to be worth anything."""
+
 CHATS, TURNS, TURN_TOKENS, ANSWER_TOKENS = 6, 4, 400, 16
 
 COLD, FLOOR, STORING, OURS = "cold", "own prefix cache", "cold, VCache storing", "VCache"
@@ -59,8 +64,8 @@ Prompts = dict[int, list[list[int]]]
 class Figures:
     """Seconds to the first token of each measurement, by what was measured and prompt length.
 
-    over: of what came from a cache, how much longer than the baseline's own hit right beside it. ratios: of
-    cold prompts that VCache stored, to those of the baseline. left_out: peers, and why.
+    over: of what came from a cache, how much longer than the server's own prefix cache took right after it.
+    ratios: of cold prompts that VCache stored, to those of the baseline. left_out: peers, and why.
     """
 
     ttft_s: dict[tuple[str, int], list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -71,7 +76,7 @@ class Figures:
     def leave_out(self, name: str, why: str) -> None:
         """A peer ended before everything was measured: a part of it is no comparison."""
         for figures in (self.ttft_s, self.over_s):
-            for key in [key for key in figures if key[0] in (name, f"cold, {name}")]:
+            for key in [key for key in figures if name in key[0]]:
                 del figures[key]
         self.left_out[name] = why
 
@@ -85,7 +90,7 @@ def main() -> int:
     """Measure, print; 0 if the wanted bounds are met."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--prompts", type=int, default=2, help="of each length (2)")
+    parser.add_argument("--prompts", type=int, default=2, help="of each length, to be hit (2)")
     parser.add_argument("--rounds", type=int, default=7, help="hits of each prompt (7)")
     parser.add_argument("--cores", default="0-1", help="as VLLM_CPU_OMP_THREADS_BIND says them (0-1)")
     parser.add_argument("--without", nargs="*", default=[], help="of: example lmcache mooncake chat")
@@ -148,7 +153,8 @@ def _vcache(
     writer = where.start_vllm(model, options.cores, where.vcache(SEGMENT))
     where.only(writer)
     _warm(writer, 98)
-    for length, turn, prompt in _each(prompts):
+    more = {length: _prompts(2, length, count) for length, count in COLD_MORE.items()}
+    for length, turn, prompt in _each(more) + _each(prompts):
         asked: list[tuple[str, int]] = [(COLD, floor), (STORING, writer)]
         seconds = {}
         for name, port in asked if turn % 2 else asked[::-1]:
@@ -192,36 +198,41 @@ def _hits(
     figures: Figures,
     options: argparse.Namespace,
 ) -> None:
-    """Each prompt at the baseline, which has it itself, and at a server that gets it from its cache.
+    """Each prompt at a server that gets it from its cache, and then has it itself; the baseline's own hits of
+    the same round.
 
-    Both answer a few tokens first: who has just been stopped has cold caches and sleeping threads.
+    Before each a server answers a few tokens: who has just been stopped or emptied has cold caches.
     """
-    whole = name == OURS
+    whole, own = name == OURS, f"{name}, own prefix cache"
     for number in range(options.rounds + 1):
-        for length, turn, prompt in _each(prompts):
-            seconds = {}
-            asked: list[tuple[str, int]] = [(FLOOR, floor), (name, port)]
-            for each, at in asked if (turn + number) % 2 else asked[::-1]:
-                where.only(at)
-                if at == port:
-                    forget(port)
-                complete(at, [3, 4 + turn, 5 + number], max_tokens=1)
-                try:
-                    seconds[each] = _hit(at, prompt, whole=whole or each == FLOOR)
-                except RuntimeError:  # a request that was under way when it was stopped came too late
-                    if at == port:
-                        forget(port)
-                    seconds[each] = _hit(at, prompt, whole=whole or each == FLOOR)
+        for length, _, prompt in _each(prompts):
+            where.only(floor)
+            seconds = {FLOOR: _second(floor, prompt, number, whole=True)}
+            where.only(port)
+            forget(port)
+            try:
+                seconds[name] = _second(port, prompt, number, whole=whole)
+            except RuntimeError:  # it was stopped for too long: its lease had ended, and it begins anew
+                forget(port)
+                seconds[name] = _second(port, prompt, number, whole=whole)
+            seconds[own] = _second(port, prompt, number, whole=True)
             if number:  # the first round warms up
-                figures.over_s[name, length].append(seconds[name] - seconds[FLOOR])
+                figures.over_s[name, length].append(seconds[name] - seconds[own])
                 for each, second in seconds.items():
                     figures.ttft_s[each, length].append(second)
 
 
+def _second(port: int, prompt: list[int], number: int, *, whole: bool) -> float:
+    """A hit, after a few tokens."""
+    complete(port, [3, 4, 5 + number], max_tokens=1)
+    return _hit(port, prompt, whole=whole)
+
+
 def _each(prompts: Prompts) -> list[tuple[int, int, list[int]]]:
     """(length, number, prompt) of all, lengths taking turns."""
-    count = len(prompts[LENGTHS[0]])
-    return [(length, number, prompts[length][number]) for number in range(count) for length in LENGTHS]
+    most = max(len(each) for each in prompts.values())
+    turns = ((number, length) for number in range(most) for length in prompts)
+    return [(length, at, prompts[length][at]) for at, length in turns if at < len(prompts[length])]
 
 
 # -- peers
