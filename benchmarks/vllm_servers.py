@@ -91,6 +91,7 @@ class Folder:
             *("--max-model-len", "8192", "--block-size", str(BLOCK_TOKENS), "--enforce-eager"),
             *("--prefix-caching-hash-algo", "sha256_cbor", "--enable-prompt-tokens-details"),
             *("--max-num-seqs", "8", "--dtype", fast_dtype()),
+            *("--max-num-batched-tokens", "4096"),  # ExampleConnector ends an engine that takes two steps
         ]
         if transfer is not None:
             arguments += ["--kv-transfer-config", json.dumps(transfer)]

@@ -3,10 +3,9 @@ peers.
 
 All servers are started the same way and bound to the same cores, the baseline among them; models have random
 weights; every prompt is new to a warm server. One run measures everything, with all servers stopped but one.
-A hit of a cache is followed by one of the same server's own prefix cache, and their difference is what is
-compared: two servers that do the same differ by more milliseconds than a copy takes. A prompt that VCache
-stores is computed by the baseline, too, right before or after. To be run in the environment that
-`make test-vllm` makes.
+A hit of a cache is compared with one of the same server's own prefix cache, soon after: two servers that do
+the same differ by more milliseconds than a copy takes. A prompt that VCache stores is computed by the
+baseline, too, right before or after. To be run in the environment that `make test-vllm` makes.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -49,6 +49,7 @@ LENGTHS = (512, 1024, 2048, 3000)
 MODELS = {"GQA4": 4, "MHA16": 16}
 LAYERS, HEAD_SIZE = 8, 64
 WARM_UP = 4
+AWAKE_TRIES = 5
 COLD_MORE = {512: 10, 1024: 6, 2048: 3, 3000: 2}
 """Prompts that are only computed and stored: a ratio of two servers needs many to be worth anything."""
 
@@ -64,7 +65,8 @@ Prompts = dict[int, list[list[int]]]
 class Figures:
     """Seconds to the first token of each measurement, by what was measured and prompt length.
 
-    over: of what came from a cache, how much longer than the server's own prefix cache took right after it.
+    over: of what came from a cache, how much longer than the server's own prefix cache took in the same
+    round.
     ratios: of cold prompts that VCache stored, to those of the baseline. left_out: peers, and why.
     """
 
@@ -198,28 +200,35 @@ def _hits(
     figures: Figures,
     options: argparse.Namespace,
 ) -> None:
-    """Each prompt at a server that gets it from its cache, and then has it itself; the baseline's own hits of
-    the same round.
-
-    Before each a server answers a few tokens: who has just been stopped or emptied has cold caches.
+    """In each round: all prompts at the baseline, which has them itself; at a server that gets them from its
+    cache; and there once more, for now it has them itself. What is asked twice is asked after all others, so
+    that the processor's caches help nobody.
     """
     whole, own = name == OURS, f"{name}, own prefix cache"
     for number in range(options.rounds + 1):
-        for length, _, prompt in _each(prompts):
-            where.only(floor)
-            seconds = {FLOOR: _second(floor, prompt, number, whole=True)}
-            where.only(port)
-            forget(port)
-            try:
-                seconds[name] = _second(port, prompt, number, whole=whole)
-            except RuntimeError:  # it was stopped for too long: its lease had ended, and it begins anew
-                forget(port)
-                seconds[name] = _second(port, prompt, number, whole=whole)
-            seconds[own] = _second(port, prompt, number, whole=True)
-            if number:  # the first round warms up
-                figures.over_s[name, length].append(seconds[name] - seconds[own])
-                for each, second in seconds.items():
-                    figures.ttft_s[each, length].append(second)
+        where.only(floor)
+        floors = [_second(floor, prompt, number, whole=True) for _, _, prompt in _each(prompts)]
+        where.only(port)
+        _awaken(port, prompts[LENGTHS[0]][0], whole=whole)
+        hits = [_second(port, prompt, number, whole=whole) for _, _, prompt in _each(prompts)]
+        owns = [_second(port, prompt, number, whole=True) for _, _, prompt in _each(prompts)]
+        if not number:  # it warms up
+            continue
+        for at, (length, _, _) in enumerate(_each(prompts)):
+            figures.ttft_s[FLOOR, length].append(floors[at])
+            figures.ttft_s[name, length].append(hits[at])
+            figures.ttft_s[own, length].append(owns[at])
+            figures.over_s[name, length].append(hits[at] - owns[at])
+
+
+def _awaken(port: int, prompt: list[int], *, whole: bool) -> None:
+    """Have a server that was stopped hit again, whose connections may have to begin anew; then it forgets."""
+    for _ in range(AWAKE_TRIES):
+        forget(port)
+        with suppress(RuntimeError):
+            _hit(port, prompt, whole=whole)
+            break
+    forget(port)
 
 
 def _second(port: int, prompt: list[int], number: int, *, whole: bool) -> float:
