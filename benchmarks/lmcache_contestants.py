@@ -5,6 +5,7 @@ that they need around them; what is not installed is left out, and said.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import statistics
@@ -47,7 +48,13 @@ class Worker:
         command = [sys.executable, "-m", "integration.lmcache.bench.worker", str(path)]
         self._log = (folder / f"{path.stem}.log").open("wb")
         self._process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONHASHSEED": "0"},  # or two of them hash the same tokens differently
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
         )
         self._is_ready = False
 
