@@ -29,11 +29,13 @@ ROOM_BYTES: Final = 2 << 30
 
 
 class Offered:
-    """An engine that stores a chunk at a time, at a fixed rate."""
+    """An engine that stores a chunk at a time, at a fixed rate. number: tells its chunks from those of
+    another, which would be there already.
+    """
 
-    def __init__(self, pool: Pool, layout: KVLayout, tiers: list[Tier]) -> None:
+    def __init__(self, pool: Pool, layout: KVLayout, tiers: list[Tier], number: int) -> None:
         config = pool.config(**{"segment.size": 0, "tiers.deadline_ms": 60_000})
-        self.engine = VCacheEngine(layout=layout, model="benchmark", config=config, tiers=tiers)
+        self.engine = VCacheEngine(layout=layout, model=f"benchmark-{number}", config=config, tiers=tiers)
         if not self.engine.wait_connected(DEADLINE_S):
             raise RuntimeError("no connection to the server")
         pages = layout.chunk_tokens // PAGE_TOKENS
@@ -69,7 +71,7 @@ def stores(tier: Tier, size: int, bytes_per_s: float) -> Iterator[Figure]:
     with Pool() as pool, ExitStack() as ending:
         pool.start_server()
         pool.start_holder("shm:1", DATA_OFFSET + ROOM_BYTES)
-        without, through = Offered(pool, layout, []), Offered(pool, layout, [tier])
+        without, through = Offered(pool, layout, [], 0), Offered(pool, layout, [tier], 1)
         for offered in (without, through):
             ending.callback(offered.engine.close)
             offered.round(size / bytes_per_s)  # maps, populates, imports

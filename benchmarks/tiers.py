@@ -1,8 +1,8 @@
 """Lower tiers beside their limits: the local one beside plain files, Mooncake's beside its own interface.
 
-python -m benchmarks.tiers [DIRECTORY] [--write]: the disk to measure on; /var/tmp by default. --write keeps
-the figures in benchmarks/results/. With LMCache and Mooncake only where they are installed. A ratio is the
-median of the rounds' ratios; a p99 is over all calls.
+python -m benchmarks.tiers [DIRECTORY] [--only …] [--write]: the disk to measure on; /var/tmp by default.
+--write keeps the figures in benchmarks/results/. With LMCache and Mooncake only where they are installed.
+A ratio is the median of the rounds' ratios; a p99 is over all calls.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 
@@ -52,6 +52,7 @@ TITLE: Final = "Lower tiers"
 SIZES: Final = (2 * MIB, 32 * MIB)
 ROUND_BYTES: Final = 256 * MIB
 ROUNDS: Final = 3
+HOLDER_BYTES: Final = 2 << 30
 WANTED: Final = 0.8
 LAYOUT: Final = b"benchmark-layout"
 
@@ -249,7 +250,9 @@ def _beside_lmcache(
 
 
 def mooncake(size: int) -> list[Figure]:
-    """Puts and gets beside Mooncake's own calls on registered memory, in one process."""
+    """Puts and gets beside Mooncake's own calls on registered memory. A third client holds all the data: what
+    lies with one of the two would be a memcpy for that one.
+    """
     from mooncake.store import MooncakeDistributedStore
 
     from vcache.config import MooncakeConfig
@@ -260,12 +263,13 @@ def mooncake(size: int) -> list[Figure]:
     chunk = torch.randint(0, 256, (size,), dtype=torch.uint8)
     into = torch.empty(size, dtype=torch.uint8)
     with Master() as master:
-        tier = MooncakeTier(MooncakeConfig(master=master.address, protocol="tcp", lend=1 << 30))
-        raw: Any = MooncakeDistributedStore()
+        tier = MooncakeTier(MooncakeConfig(master=master.address, protocol="tcp", lend=0))
+        raw, holder = MooncakeDistributedStore(), MooncakeDistributedStore()
         try:
-            if not tier.wait_ready(30.0) or raw.setup(
-                "127.0.0.1", "P2PHANDSHAKE", 1 << 30, 16 * MIB, "tcp", "", master.address
-            ):
+            for client, lent in ((holder, HOLDER_BYTES), (raw, 0)):
+                if client.setup("127.0.0.1", "P2PHANDSHAKE", lent, 16 * MIB, "tcp", "", master.address):
+                    raise RuntimeError("Mooncake does not answer")
+            if not tier.wait_ready(30.0):
                 raise RuntimeError("Mooncake does not answer")
             for memory in (chunk, into):
                 raw.register_buffer(memory.data_ptr(), size)
@@ -286,6 +290,7 @@ def mooncake(size: int) -> list[Figure]:
         finally:
             tier.close()
             raw.close()
+            holder.close()
     return figures
 
 
@@ -299,17 +304,17 @@ def _beside(
     yield at_least(f"{name}, beside {limit}", ratio(theirs, ours), WANTED, "×")
 
 
-def run(disk: str) -> list[Figure]:
-    """All figures; Mooncake's only where it is installed."""
+def run(disk: str, only: str | None) -> list[Figure]:
+    """The figures of both tiers, or only of one; Mooncake's where it is installed."""
     figures: list[Figure] = []
-    for size in SIZES:
+    for size in SIZES if only != "mooncake" else ():
         folder = Path(tempfile.mkdtemp(prefix="vcache-bench-", dir=disk))
         try:
             figures += local(folder, size)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     try:
-        for size in SIZES:
+        for size in SIZES if only != "local" else ():
             figures += mooncake(size)
     except (ImportError, ConfigError) as error:
         figures.append(Figure("mooncake", f"not measured: {error}"))
@@ -320,9 +325,10 @@ def command(arguments: Sequence[str]) -> None:
     """Measure, print, and keep the figures if asked to."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tiers")
     parser.add_argument("directory", nargs="?", default="/var/tmp", help="on the disk to measure")
+    parser.add_argument("--only", choices=("local", "mooncake"), help="one of the tiers")
     parser.add_argument("--write", action="store_true", help="keep the figures in benchmarks/results/")
     options = parser.parse_args(arguments)
-    figures = run(options.directory)
+    figures = run(options.directory, options.only)
     show(TITLE, figures, console())
     print(machine())
     if options.write:
