@@ -11,6 +11,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -49,7 +51,8 @@ class _Waiting(NamedTuple):
 class TierQueue:
     """At most `capacity_chunks` chunks wait for one tier, pinned; what finds no room stays unwritten.
 
-    One thread writes. `accept` never blocks on the tier. expires_ms: gives the expiry of what is written now.
+    One thread pins, one writes: whoever stores waits for neither. expires_ms: gives the expiry of what is
+    written now.
     """
 
     def __init__(
@@ -67,10 +70,13 @@ class TierQueue:
         self._expires_ms = expires_ms
         self._waiting: deque[_Waiting] = deque()
         self._writing: list[bytes] = []
+        self._pinning: deque[list[bytes]] = deque()
         self._forgotten: set[bytes] = set()
         self._chunks = 0
         self._ending = False
+        self._ended = False
         self._changed = threading.Condition()
+        self._pinner = ThreadPoolExecutor(1, f"vcache-pin-{tier.name}")
         self._thread = threading.Thread(target=self._run, name=f"vcache-to-{tier.name}", daemon=True)
         self._thread.start()
 
@@ -86,23 +92,40 @@ class TierQueue:
             room = self._capacity_chunks - self._chunks if takes else 0
             self._forgotten.difference_update(keys)
             taken = list(keys[: min(room, KEYS_PER_REQUEST_MAX)])
-            self._chunks += len(taken)
+            if taken:
+                with suppress(RuntimeError):  # the interpreter ends: they stay unwritten
+                    self._pinner.submit(self._pin)
+                    self._chunks += len(taken)
+                    self._pinning.append(taken)
         if len(taken) < len(keys):
             self._drop(len(keys) - len(taken))
-        if not taken:
-            return
+
+    def _pin(self) -> None:
+        """Pin what was accepted next, and have it written: by then it is rarely the coldest in the pool."""
+        with self._changed:
+            keys = self._pinning[0]
         waiting: _Waiting | None = None
         try:
-            waiting = self._pinned(taken)
-        finally:
-            there = len(waiting.keys) if waiting is not None else 0
-            with self._changed:
-                self._chunks -= len(taken) - there
-                if waiting is not None:
-                    self._waiting.append(waiting)
-                self._changed.notify_all()
-        if there < len(taken):
-            self._counters.add(tier_dropped_chunks=len(taken) - there)
+            waiting = self._pinned(keys)
+        except LocalStateError as error:
+            _log.debug(Line("pinning for a tier ended", reason=str(error)))
+        except Exception as error:  # of ours: the chunks stay where they are
+            _log.exception("chunks for a lower tier could not be pinned")
+            self._counters.failed(Cause.MALFORMED, repr(error))
+        there = len(waiting.keys) if waiting is not None else 0
+        with self._changed:
+            late = self._ended
+            if late:
+                there = 0
+            self._pinning.popleft()
+            self._chunks -= len(keys) - there
+            if waiting is not None and not late:
+                self._waiting.append(waiting)
+            self._changed.notify_all()
+        if waiting is not None and late:
+            self._give_back(waiting)
+        if there < len(keys):
+            self._counters.add(tier_dropped_chunks=len(keys) - there)
 
     def _pinned(self, keys: list[bytes]) -> _Waiting | None:
         """Those of the chunks that are still in the pool, pinned there; None if there are none."""
@@ -112,6 +135,13 @@ class TierQueue:
         flags = grant.flags or [True] * len(grant.extents)
         there = [key for key, there in zip(keys, flags, strict=False) if there]
         return _Waiting(grant, there, lambda _: self._pool.release(grant))
+
+    @staticmethod
+    def _give_back(waiting: _Waiting) -> None:
+        try:
+            waiting.end(_Kept())
+        except LocalStateError as error:  # the client was closed: its pins ended with it
+            _log.debug(Line("writing to a tier ended", reason=str(error)))
 
     def take(self, move: Move, end: Callable[[_Kept], None], expires_ms: int) -> None:
         """Have a chunk written that is about to be evicted; `end` as in `_Waiting`. No limit counts here."""
@@ -131,6 +161,7 @@ class TierQueue:
         with self._changed:
             if self._chunks:
                 coming = [key for each in self._waiting for key in each.keys] + self._writing
+                coming += [key for keys in self._pinning for key in keys]
                 self._forgotten.update(coming if keys is None else keys)
 
     def give_up_saving(self) -> None:
@@ -164,13 +195,16 @@ class TierQueue:
             self._changed.notify_all()
         self._thread.join(max(0.0, deadline_s - time.monotonic()))
         with self._changed:
+            self._ended = True
             given_up, self._waiting = list(self._waiting), deque()
             left = sum(len(waiting.keys) for waiting in given_up)
             self._chunks -= left
+            self._changed.notify_all()
         for waiting in given_up:
             waiting.end(_Kept())
         if left:
             self._drop(left)
+        self._pinner.shutdown(wait=False)
         self._thread.join(TIER_DRAIN_S)
         if self._thread.is_alive():
             _log.error(Line("a lower tier hangs in a write; its thread is left behind"))
@@ -184,7 +218,9 @@ class TierQueue:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._ending)
+                self._changed.wait_for(
+                    lambda: self._waiting or self._ended or (self._ending and not self._pinning)
+                )
                 if not self._waiting:
                     return
                 waiting = self._waiting.popleft()
