@@ -1,0 +1,119 @@
+"""The queue to a lower tier: who stores waits neither for the tier nor for the pins of what is written."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from tests.processes.content import LAYOUT
+from tests.processes.pool import Pool as Processes
+from tests.processes.worker import DEADLINE_S
+from vcache.client import Client, Grant
+from vcache.config import load
+from vcache.engine.lending import Lending
+from vcache.engine.lower import LowerTiers
+from vcache.engine.pool import Pool
+from vcache.engine.stats import Counters
+from vcache.engine.tier_queue import TierQueue
+from vcache.tiers import MemoryTier
+
+KEYS = [bytes([number]) * 32 for number in range(3)]
+
+
+class SlowPool(Pool):
+    """What is acquired is granted when the test lets it be."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.asked, self.go = threading.Event(), threading.Event()
+
+    def acquire(self, keys: Sequence[bytes], *, pin: bool = False, prefix: bool = True) -> Grant | None:
+        self.asked.set()
+        assert self.go.wait(DEADLINE_S)
+        return super().acquire(keys, pin=pin, prefix=prefix)
+
+
+@pytest.fixture
+def client() -> Iterator[Client]:
+    with Processes() as processes:
+        processes.start_server()
+        options = {**processes.client_config(), "device": "shm:0", "segment.size": "1MiB"}
+        lending = Lending(load(**options).config)
+        client = lending.client("queue")
+        assert client.wait_connected(DEADLINE_S)
+        yield client
+        client.close()
+        lending.close()
+
+
+@pytest.fixture
+def pool(client: Client) -> SlowPool:
+    pool = SlowPool(client, Counters(), LAYOUT, "model", "shm:0")
+    reservation = pool.reserve(KEYS)
+    assert reservation is not None and len(reservation.extents) == len(KEYS)
+    sizes = [LAYOUT.chunk_bytes] * len(KEYS)
+    assert pool.commit(reservation.extents, KEYS, sizes, reservation.lineage)
+    return pool
+
+
+@pytest.fixture
+def tier() -> MemoryTier:
+    return MemoryTier(1 << 20)
+
+
+def queue_of(pool: Pool, tier: MemoryTier) -> TierQueue:
+    """A queue to this tier."""
+    (one,) = LowerTiers([tier], LAYOUT.fingerprint, Counters(), deadline_s=DEADLINE_S).apart()
+    return TierQueue(pool, one, 8, Counters())
+
+
+def pinned(client: Client) -> float:
+    """Bytes that somebody pins."""
+    return client.stats().counters["pinned_bytes"]
+
+
+def test_who_stores_does_not_wait_for_the_pin(client: Client, pool: SlowPool, tier: MemoryTier) -> None:
+    queue = queue_of(pool, tier)
+    queue.accept(KEYS)  # returns although nothing is granted yet
+    assert pool.asked.wait(DEADLINE_S)
+    assert queue.chunks == len(KEYS) and not queue.flush(0)
+    pool.go.set()
+    assert queue.flush(DEADLINE_S)
+    assert tier.contains(KEYS) == [True] * len(KEYS)
+    queue.close()
+    assert pinned(client) == 0
+
+
+def test_what_is_forgotten_before_it_is_pinned_is_not_written(pool: SlowPool, tier: MemoryTier) -> None:
+    queue = queue_of(pool, tier)
+    queue.accept(KEYS)
+    assert pool.asked.wait(DEADLINE_S)
+    queue.forget(None)
+    pool.go.set()
+    assert queue.flush(DEADLINE_S)
+    assert len(tier) == 0
+    queue.close()
+
+
+def test_what_is_pinned_after_the_end_is_given_back(
+    client: Client, pool: SlowPool, tier: MemoryTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vcache.engine.tier_queue.TIER_DRAIN_S", 0.0)
+    queue = queue_of(pool, tier)
+    queue.accept(KEYS)
+    assert pool.asked.wait(DEADLINE_S)
+    queue.close()
+    pool.go.set()
+    queue._pinner.shutdown(wait=True)
+    assert queue.chunks == 0 and len(tier) == 0
+    assert pinned(client) == 0
+
+
+def test_a_queue_that_is_closed_takes_nothing(pool: SlowPool, tier: MemoryTier) -> None:
+    queue = queue_of(pool, tier)
+    queue.close()
+    queue.accept(KEYS)
+    assert queue.chunks == 0
