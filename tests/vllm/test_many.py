@@ -16,6 +16,8 @@ BATCH = 10
 GAP = 1e-3
 """Logprobs so close are a tie: sums in another order may decide it otherwise."""
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def engines(machine: Machine, model: Callable[..., Path]) -> dict[str, EngineProcess]:

@@ -11,6 +11,8 @@ import pytest
 from tests.vllm.harness import BLOCK, START_S, EngineFailed, EngineProcess, Machine, eventually, prompt
 from tests.vllm.models import IMAGE_TOKENS
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def pool(machine: Machine) -> Machine:
