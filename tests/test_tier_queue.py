@@ -117,3 +117,27 @@ def test_a_queue_that_is_closed_takes_nothing(pool: SlowPool, tier: MemoryTier) 
     queue.close()
     queue.accept(KEYS)
     assert queue.chunks == 0
+
+
+def test_who_stores_hears_nothing_of_threads_that_cannot_be_had(
+    pool: SlowPool, tier: MemoryTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = queue_of(pool, tier)
+
+    def submit(task: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(queue._pinner, "submit", submit)
+    queue.accept(KEYS)
+    assert queue.chunks == 0 and queue._counters.snapshot()["tier_dropped_chunks"] == len(KEYS)
+    queue.close()
+
+
+def test_a_queue_ends_although_its_client_has(client: Client, pool: SlowPool, tier: MemoryTier) -> None:
+    queue = queue_of(pool, tier)
+    queue.accept(KEYS)
+    assert pool.asked.wait(DEADLINE_S)
+    client.close()
+    pool.go.set()
+    queue.close()
+    assert queue.chunks == 0 and len(tier) == 0

@@ -137,3 +137,31 @@ def test_nothing_is_brought_from_a_tier_that_could_not_be_emptied(
     assert chunks(client) == 0 and len(tier) == 0
     assert tier.put(KEY, torch.ones(LAYOUT.chunk_bytes, dtype=torch.uint8), LAYOUT.fingerprint)
     assert bring(below) == 1
+
+
+def test_what_was_looked_for_while_a_tier_could_not_be_emptied_is_not_brought(
+    client: Client, tier: Tier, below: Below
+) -> None:
+    tier.fails = tier.holds_clear = True
+    forgetting = threading.Thread(target=below.forget)
+    forgetting.start()
+    assert tier.clearing.wait(DEADLINE_S)
+    seen = below.look([KEY])
+    tier.go.set()
+    forgetting.join(DEADLINE_S)
+    assert below.bring(seen, range(1), within_s=DEADLINE_S) == 0
+    assert chunks(client) == 0
+
+
+def test_what_a_slow_tier_brings_after_it_was_forgotten_does_not_stay(
+    client: Client, tier: Tier, below: Below, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vcache.engine.prefetch.TIER_DRAIN_S", 0.0)
+    tier.holds_get = True
+    bringing = threading.Thread(target=bring, args=(below,))
+    bringing.start()
+    assert tier.got.wait(DEADLINE_S)
+    below.forget()  # does not wait for it
+    tier.go.set()
+    bringing.join(DEADLINE_S)
+    assert chunks(client) == 0 and len(tier) == 0

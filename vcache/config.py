@@ -335,6 +335,8 @@ def _nested(tree: Mapping[Any, Any], where: str, prefix: str = "") -> Iterator[t
 
 def _nearest(name: str) -> str:
     section, _, last = name.rpartition(".")
+    if section and section not in _SECTIONS:
+        return suggestion(section, sorted(_SECTIONS))
     names = [*_FIELDS, *sorted(_SECTIONS)]
     return suggestion(
         last, [known.rpartition(".")[2] for known in names if known.rpartition(".")[0] == section]

@@ -17,6 +17,7 @@ from integration.lmcache.health import offer_health_check
 from integration.lmcache.joining import belong, join
 from integration.lmcache.keys import Keys
 from integration.lmcache.loads import Loads
+from integration.lmcache.logs import log_with_lmcache
 from integration.lmcache.lookups import Lookups
 from integration.lmcache.memory import PoolMemory, PoolView
 from integration.lmcache.misses import Failures, empty, false, none, nones, otherwise, zero
@@ -43,6 +44,7 @@ class VCacheStorageBackend(StoragePluginInterface, AllocatorBackendInterface):
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(dst_device, config, metadata, local_cpu_backend, loop)
+        log_with_lmcache()
         self.failures = Failures()
         self.position = position_of(config, metadata, local_cpu_backend)
         if self.position is Position.PRIMARY and (mistake := primary_mistake(config)):

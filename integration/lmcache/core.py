@@ -76,6 +76,8 @@ class Core:
             counters=self.counters,
             tiers=settings.tiers,
             tier_queue_chunks=config.engine.tier_queue_chunks,
+            tier_deadline_s=config.tiers.deadline_ms / 1e3,
+            ttl_s=config.server.default_ttl_s,
             write_back=config.tiers.policy == "write-back",
             synchronise=self.device.synchronise,
             registrar=self.device.registrar,

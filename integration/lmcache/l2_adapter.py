@@ -5,6 +5,7 @@ Its objects lie in the server's own memory, so a store and a load are one copy e
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -19,11 +20,13 @@ except ImportError:  # before 0.5
     from lmcache.native_storage_ops import Bitmap
 
 from integration.lmcache.core import Core
+from integration.lmcache.logs import log_with_lmcache
 from integration.lmcache.memory import bytes_of_view, form_of_view
 from integration.lmcache.misses import Failures
 from vcache.engine.chunks import Part
 from vcache.keys import KeyChain, join_fields
 from vcache.layout import KVLayout
+from vcache.logs import Line
 
 _LAYOUT = KVLayout(
     num_layers=1,
@@ -39,6 +42,8 @@ _LAYOUT = KVLayout(
 )
 
 Result = TypeVar("Result")
+
+_log = logging.getLogger("vcache.integration.lmcache")
 
 
 class _Tasks:
@@ -80,6 +85,7 @@ class VCacheL2Adapter(L2AdapterInterface):
 
     def __init__(self, params: dict[str, Any], l1_memory_desc: Any = None) -> None:
         super().__init__()
+        log_with_lmcache()
         given = dict(params or {})
         model = str(given.pop("model", "lmcache-mp"))
         self._core = Core(given, layout=_LAYOUT, model=model, name=f"lmcache-mp {model}"[:200])
@@ -88,6 +94,7 @@ class VCacheL2Adapter(L2AdapterInterface):
         self._last = 0
         self._failures = Failures()
         self._stores, self._lookups, self._loads = _Tasks(), _Tasks(), _Tasks()
+        _log.info(Line("LMCache's server uses VCache", model=model))
 
     # -- events
 

@@ -76,7 +76,8 @@ class Below:
         deadline_s = time.monotonic() + within_s
         keys = [key for key in seen.keys[wanted.start : wanted.stop] if key in seen.below]
         with self._guard:
-            if self._forgetting or self._forgotten != seen.forgotten:  # what was found is of before
+            # What was found is of before; or of a tier that has still to be emptied.
+            if self._forgetting or self._is_stale or self._forgotten != seen.forgotten:
                 return 0
             self._prefetch.want(keys)
         for key in keys:
@@ -99,6 +100,7 @@ class Below:
                 _log.warning("a lower tier was not emptied; nothing is brought up before it is")
         finally:
             with self._guard:
+                self._forgotten += 1  # void is also what was looked for meanwhile
                 self._forgetting -= 1
 
     def close(self) -> None:

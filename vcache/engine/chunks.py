@@ -78,19 +78,24 @@ class Chunks:
         counters: Counters,
         tiers: Sequence[Tier] = (),
         tier_queue_chunks: int = 1,
+        tier_deadline_s: float = 10.0,
+        ttl_s: float = 0.0,
         write_back: bool = False,
         synchronise: Callable[[], None] = lambda: None,
         registrar: Registrar | None = None,
     ) -> None:
-        """synchronise: waits until what was launched into drafts has really been written. write_back: as
-        `tiers.policy` of the configuration.
+        """synchronise: waits until what was launched into drafts has really been written. tier_deadline_s,
+        ttl_s, write_back: `tiers.deadline_ms`, `server.default_ttl_s` and `tiers.policy` of the
+        configuration.
 
         registrar: makes host memory reachable for the application's GPU; where it cannot, chunks are misses.
         """
         self.counters = counters
         self._pool = Pool(client, counters, layout, model, device, registrar)
-        self._lower = LowerTiers(tiers, layout.fingerprint, counters)
-        self._queue = TierQueues(self._pool, self._lower, tier_queue_chunks, counters) if tiers else None
+        self._lower = LowerTiers(tiers, layout.fingerprint, counters, deadline_s=tier_deadline_s)
+        self._queue = (
+            TierQueues(self._pool, self._lower, tier_queue_chunks, counters, ttl_s=ttl_s) if tiers else None
+        )
         self._write_back = WriteBack(client, self._queue) if self._queue is not None and write_back else None
         self._synchronise = synchronise
         self._stock = Stock(self._pool, synchronise)

@@ -32,6 +32,7 @@ class Prefetch:
         self._counters = counters
         self._wanted: OrderedDict[bytes, None] = OrderedDict()
         self._loading: frozenset[bytes] = frozenset()
+        self._void: set[bytes] = set()  # of those, what was forgotten meanwhile
         self._is_ending = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -58,10 +59,13 @@ class Prefetch:
             return True
 
     def forget(self, keys: Sequence[bytes] | None) -> None:
-        """Load these (None: any) no more; returns when none of them is being loaded."""
+        """Load these (None: any) no more; returns when none of them is being loaded, or after TIER_DRAIN_S:
+        what a slow tier brings then does not stay in the pool.
+        """
         with self._changed:
             for key in list(self._wanted) if keys is None else keys:
                 self._wanted.pop(key, None)
+            self._void |= self._loading if keys is None else self._loading.intersection(keys)
             self._changed.wait_for(
                 lambda: not (self._loading if keys is None else self._loading.intersection(keys)),
                 TIER_DRAIN_S,
@@ -98,6 +102,7 @@ class Prefetch:
             finally:
                 with self._changed:
                     self._loading = frozenset()
+                    self._void.clear()
                     self._changed.notify_all()
 
     def _load(self, keys: list[bytes]) -> None:
@@ -108,14 +113,23 @@ class Prefetch:
         missing = missing[: len(reservation.extents)]
         found: list[Found] = []
         lent: list[int] = []
+        kept = 0
         try:
             found, late = self._read(missing, reservation)
             lent = [] if late is None else [len(found)]
+            kept = self._valid(missing[: len(found)])
         finally:
-            self._pool.abort(np.delete(reservation.extents, [*range(len(found)), *lent]))
-        sizes = [self._chunk_bytes] * len(found)
-        count = promote(self._pool, reservation, range(len(found)), missing[: len(found)], sizes, found)
+            self._pool.abort(np.delete(reservation.extents, [*range(kept), *lent]))
+        sizes = [self._chunk_bytes] * kept
+        count = promote(self._pool, reservation, range(kept), missing[:kept], sizes, found[:kept])
+        if self._valid(missing[:kept]) < kept:  # forgotten since, by somebody who waits no longer
+            self._pool.remove(missing[:kept])
         self._counters.add(tier_prefetched_chunks=count)
+
+    def _valid(self, keys: Sequence[bytes]) -> int:
+        """How many of them come before the first that was forgotten."""
+        with self._changed:
+            return next((at for at, key in enumerate(keys) if key in self._void), len(keys))
 
     def _read(self, keys: list[bytes], reservation: Reservation) -> tuple[list[Found], Late | None]:
         """Read leading chunks into the first extents, up to one that cannot be had or comes late."""
@@ -123,6 +137,8 @@ class Prefetch:
         sizes = [self._chunk_bytes] * len(keys)
         with self._pool.borrowed(reservation.extents[: len(keys)], sizes, reservation.lineage) as views:
             for at, key in enumerate(keys):
+                if not self._valid([key]):
+                    break
                 view = views[at]
                 answer = None if view is None else self._lower.get(key, view)
                 del view

@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -89,20 +88,26 @@ class TierQueue:
         """Have the pool's chunks of `keys` written below; as many leading ones as there is room for."""
         with self._changed:
             takes = self._tier.is_available and not self._ending
-            room = self._capacity_chunks - self._chunks if takes else 0
+            room = max(0, self._capacity_chunks - self._chunks) if takes else 0
             self._forgotten.difference_update(keys)
             taken = list(keys[: min(room, KEYS_PER_REQUEST_MAX)])
             if taken:
-                with suppress(RuntimeError):  # the interpreter ends: they stay unwritten
+                self._chunks += len(taken)
+                self._pinning.append(taken)
+                try:
                     self._pinner.submit(self._pin)
-                    self._chunks += len(taken)
-                    self._pinning.append(taken)
+                except RuntimeError:  # the interpreter ends, or there are no more threads
+                    self._pinning.pop()
+                    self._chunks -= len(taken)
+                    taken = []
         if len(taken) < len(keys):
             self._drop(len(keys) - len(taken))
 
     def _pin(self) -> None:
         """Pin what was accepted next, and have it written: by then it is rarely the coldest in the pool."""
         with self._changed:
+            if not self._pinning:  # it was begun although it was said that it could not be
+                return
             keys = self._pinning[0]
         waiting: _Waiting | None = None
         try:
@@ -176,7 +181,7 @@ class TierQueue:
         if given_up:
             self._drop(len(given_up))
         for waiting in given_up:
-            waiting.end(_Kept())
+            self._give_back(waiting)
 
     def remove(self, key: bytes) -> None:
         """Forget a chunk in the tier itself."""
@@ -200,10 +205,10 @@ class TierQueue:
             left = sum(len(waiting.keys) for waiting in given_up)
             self._chunks -= left
             self._changed.notify_all()
-        for waiting in given_up:
-            waiting.end(_Kept())
         if left:
             self._drop(left)
+        for waiting in given_up:
+            self._give_back(waiting)
         self._pinner.shutdown(wait=False)
         self._thread.join(TIER_DRAIN_S)
         if self._thread.is_alive():
