@@ -187,6 +187,7 @@ def test_unknown_fields(tmp_path: Path) -> None:
     path = write(tmp_path, "server: {polcy: lru}")
     assert message(path) == f"server.polcy (from {path}): unknown field; did you mean 'policy'?"
     assert message(sever={}) == "sever (from argument): unknown field; did you mean 'server'?"
+    assert message(**{"segmnt.size": 1}).endswith("unknown field; did you mean 'segment'?")
     assert (
         message(log={"zzz": 1}) == "log.zzz (from argument): unknown field; wanted one of level, format, file"
     )
