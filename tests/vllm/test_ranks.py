@@ -11,8 +11,8 @@ import pytest
 from integration.vllm import keys as keys_module
 from integration.vllm.messages import Identity, Place
 from integration.vllm.search import Searches, Wanted
+from tests.vllm.halves import GROUPS, made_keys
 from tests.vllm.harness import Machine
-from tests.vllm.test_races import GROUPS, made_keys
 from vcache.engine.stats import Counters
 
 STAGES: tuple[Place, Place] = ((0, 0), (1, 0))
