@@ -166,7 +166,7 @@ class TierQueue:
         with self._changed:
             if self._chunks:
                 coming = [key for each in self._waiting for key in each.keys] + self._writing
-                coming += [key for keys in self._pinning for key in keys]
+                coming += [key for accepted in self._pinning for key in accepted]
                 self._forgotten.update(coming if keys is None else keys)
 
     def give_up_saving(self) -> None:
