@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 
 from tests.processes.content import LAYOUT
-from tests.processes.pool import Pool as Processes
 from tests.processes.worker import DEADLINE_S
+from tests.support.lending_client import lending_client
 from vcache.client import Client, Grant
-from vcache.config import load
-from vcache.engine.lending import Lending
 from vcache.engine.lower import LowerTiers
 from vcache.engine.pool import Pool
 from vcache.engine.stats import Counters
@@ -38,15 +36,8 @@ class SlowPool(Pool):
 
 @pytest.fixture
 def client() -> Iterator[Client]:
-    with Processes() as processes:
-        processes.start_server()
-        options = {**processes.client_config(), "device": "shm:0", "segment.size": "1MiB"}
-        lending = Lending(load(**options).config)
-        client = lending.client("queue")
-        assert client.wait_connected(DEADLINE_S)
+    with lending_client("queue") as client:
         yield client
-        client.close()
-        lending.close()
 
 
 @pytest.fixture

@@ -10,11 +10,10 @@ import torch
 
 from integration.vllm.below import Below
 from tests.processes.content import LAYOUT
-from tests.processes.pool import Pool as Processes
 from tests.processes.worker import DEADLINE_S
+from tests.support.lending_client import lending_client
 from vcache.client import Client
 from vcache.config import load
-from vcache.engine.lending import Lending
 from vcache.engine.pool import Pool
 from vcache.engine.stats import Counters
 from vcache.tiers import Found, MemoryTier
@@ -52,15 +51,8 @@ class Tier(MemoryTier):
 
 @pytest.fixture
 def client() -> Iterator[Client]:
-    with Processes() as processes:
-        processes.start_server()
-        options = {**processes.client_config(), "device": "shm:0", "segment.size": "1MiB"}
-        lending = Lending(load(**options).config)
-        client = lending.client("below")
-        assert client.wait_connected(DEADLINE_S)
+    with lending_client("below") as client:
         yield client
-        client.close()
-        lending.close()
 
 
 @pytest.fixture
