@@ -90,12 +90,16 @@ def test_lost_repeated_and_late_frames(pool: Pool, front: Path, seed: int) -> No
     with LossyRelay(pool.path, front, seed=seed) as relay:
         workers = [open_behind(pool, front, size=size, **HASTY) for size in ("1MiB", 0)]
         relay.fate = BAD
-        for number, worker in enumerate(workers):
-            worker.send("run", engines_and_pins, 10 * seed + number, 70)
-        results = [worker.result() for worker in workers]
-        assert not sum(wrong for _, wrong, _ in results)
-        assert sum(hit for hit, _, _ in results) > 0
-        assert sum(pinned for _, _, pinned in results) > 0
+        hit = pinned = batch = 0
+        while batch == 0 or not (hit and pinned):  # a busy machine can keep every answer for 200 ms
+            assert batch < 10
+            for number, worker in enumerate(workers):
+                worker.send("run", engines_and_pins, 100 * batch + 10 * seed + number, 70)
+            for worker in workers:
+                found, wrong, held = worker.result()
+                assert not wrong
+                hit, pinned = hit + found, pinned + held
+            batch += 1
         for kind in ("requests", "answers"):
             for fate in ("lost", "repeated", "delayed"):
                 assert relay.counts[f"{kind} {fate}"] > 0

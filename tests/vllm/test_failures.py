@@ -65,6 +65,16 @@ def engines(faults: Faults, model: Callable[..., Path]) -> dict[str, EngineProce
     return engines
 
 
+@pytest.fixture
+def served(faults: Faults, engines: dict[str, EngineProcess]) -> None:
+    """There is a server and a segment, whatever ran before."""
+    machine = faults.machine
+    if machine.server is None:
+        machine.start_server()
+    if not machine.observer.stats().segments:
+        machine.start_holder()
+
+
 KINDS = ["async recompute", "sync recompute", "async fail", "sync fail"]
 
 
@@ -74,10 +84,18 @@ def forget(engine: EngineProcess) -> None:
 
 
 def in_the_pool(engine: EngineProcess, asked: list[int]) -> dict[str, Any]:
-    """Have the prompt's KV in the pool and nowhere else; what the engine answers with it."""
+    """Have the prompt's KV in the pool and nowhere else; what the engine answers with it. An engine whose
+    client has not found the server again, after a test that killed it, is asked until it stores.
+    """
     engine.ask(asked, max_tokens=4)
     expected = engine.ask(asked, max_tokens=4)
     assert expected["cached"] == HIT
+
+    def stored() -> bool:
+        forget(engine)
+        return bool(engine.ask(asked, max_tokens=4)["cached"] == HIT)
+
+    eventually(stored, "the engine's chunks are in the pool")
     forget(engine)
     return expected
 
@@ -110,6 +128,7 @@ def test_vllm_starts_and_serves_without_a_server_and_uses_it_when_it_comes(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("served")
 def test_the_holder_dies_in_mid_load(faults: Faults, engines: dict[str, EngineProcess], kind: str) -> None:
     machine, engine = faults.machine, engines[kind]
     asked = prompt(10 + KINDS.index(kind), TOKENS)
@@ -135,6 +154,7 @@ def test_the_holder_dies_in_mid_load(faults: Faults, engines: dict[str, EnginePr
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("served")
 def test_the_server_dies_in_mid_load_and_the_load_counts(
     faults: Faults, engines: dict[str, EngineProcess], kind: str
 ) -> None:
@@ -158,6 +178,7 @@ def test_the_server_dies_in_mid_load_and_the_load_counts(
     machine.nothing_is_held()
 
 
+@pytest.mark.usefixtures("served")
 def test_a_chunk_that_failed_is_not_loaded_again(faults: Faults, engines: dict[str, EngineProcess]) -> None:
     machine, engine = faults.machine, engines["async recompute"]
     asked = prompt(50, TOKENS)
@@ -177,6 +198,7 @@ def test_a_chunk_that_failed_is_not_loaded_again(faults: Faults, engines: dict[s
     assert engine.call("metrics")["vllm:vcache_load_seconds_count"] == loads + 1
 
 
+@pytest.mark.usefixtures("served")
 def test_another_engine_dies_in_mid_load(
     faults: Faults, engines: dict[str, EngineProcess], model: Callable[..., Path]
 ) -> None:
@@ -212,14 +234,11 @@ def forget_in_process(engine: EngineProcess) -> None:
 
 
 @pytest.mark.parametrize("policy", ["recompute", "fail"])
+@pytest.mark.usefixtures("served")
 def test_rubbish_that_two_requests_of_a_step_share_is_nowhere_found(
     faults: Faults, model: Callable[..., Path], policy: str
 ) -> None:
     machine = faults.machine
-    if machine.server is None:
-        machine.start_server()
-    if not machine.observer.stats().segments:
-        machine.start_holder()
     engine = machine.engine(
         model("llama"),
         name=f"one-process-{policy}",
