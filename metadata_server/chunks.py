@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -61,7 +61,7 @@ class Chunks:
         self._slab_used_ns: dict[int, int] = {}
         # What an acquire answers for each committed extent, ready to be sent.
         self._grants = np.zeros(table.capacity, EXTENT)
-        self._unbooked: tuple[Holdings, int, Indices, int] | None = None
+        self._unbooked: Callable[[], None] | None = None
 
     def adopt_chunk(self, index: int, key: bytes, used_ns: int, expiry_ns: int) -> None:
         """Take up a chunk that the table says is committed: findable, evictable, expiring."""
@@ -117,11 +117,14 @@ class Chunks:
     # -- use
 
     def catch_up(self) -> None:
-        """Book the lease and the use that the last answer granted, while its reader is busy with it."""
+        """Book the use that the last answer granted, and its lease, while its reader is busy with it."""
         if self._unbooked is not None:
-            (mine, rid, indices, now_ns), self._unbooked = self._unbooked, None
-            self.rights.lease(mine, rid, indices, now_ns + self.policy.lease_ms * 1_000_000)
-            self._use(indices[::-1], now_ns)
+            book, self._unbooked = self._unbooked, None
+            book()
+
+    def _lease(self, mine: Holdings, rid: int, indices: Indices, now_ns: int) -> None:
+        self.rights.lease(mine, rid, indices, now_ns + self.policy.lease_ms * 1_000_000)
+        self._use(indices[::-1], now_ns)
 
     def _use(self, indices: Indices, now_ns: int, *, counts: bool = True) -> None:
         """The extents are used, the last one most recently; `counts` as in touch, otherwise in refresh."""
@@ -193,9 +196,10 @@ class Chunks:
         self.table.free(index)
         self.allocator.give_back(index)
 
-    def _unpinned(self, indices: list[int]) -> None:
-        for index in indices:
-            if self.table.state(index) is State.ORPHANED and index not in self.rights.inherited:
+    def _unpinned(self, indices: Indices) -> None:
+        """Nobody pins these any more: those that were forgotten meanwhile are free."""
+        for index in indices[self.table.in_state(indices, State.ORPHANED)].tolist():
+            if index not in self.rights.inherited:
                 self.table.free(index)
                 self.allocator.give_back(index)
 

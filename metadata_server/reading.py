@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -77,13 +78,13 @@ class Reading(Saving):
         indices = np.array(found, np.intp)
         self._offer_up(indices, ask.near, now_ns)
         if ask.pin:
-            self._use(indices[::-1], now_ns)
+            self._unbooked = partial(self._use, indices[::-1], now_ns)
             indices, flags = self._within_quota(mine, indices, flags)
             if len(indices):
                 sizes = int(self.table.records["size"][indices].sum())
                 self.rights.pin(mine, rid, indices, self.rights.generations(indices), sizes)
         elif len(indices):
-            self._unbooked = mine, rid, indices, now_ns
+            self._unbooked = partial(self._lease, mine, rid, indices, now_ns)
         extents = self._grants.take(indices).tobytes()
         return protocol.Acquired(extents, flags, 0 if ask.pin else self.policy.lease_ms)
 

@@ -24,6 +24,7 @@ from vcache.table import ExtentTable
 Indices = NDArray[np.intp]
 
 _LEASE_ENDS_SPARE = 1_024
+_NONE = np.zeros(0, np.intp)
 
 
 @dataclass(eq=False)
@@ -110,28 +111,32 @@ class Rights:
         holdings.pinned_count += len(indices)
         self._table.pins[indices] += np.uint64(1)
 
-    def unpin(self, holdings: Holdings, rid: int, part: dict[int, int] | None) -> list[int]:
+    def unpin(self, holdings: Holdings, rid: int, part: dict[int, int] | None) -> Indices:
         """End a pin, or the part of it; returns the extents that nobody pins any more. Whatever is not pinned
         is passed over.
         """
         held = holdings.pins.get(rid)
         if held is None:
-            return []
-        ended = [index for index, gen in (held if part is None else part).items() if held.get(index) == gen]
-        for index in ended:
-            del held[index]
+            return _NONE
+        if part is None:
+            ended, held = list(held), {}
+        else:
+            ended = [index for index, gen in part.items() if held.get(index) == gen]
+            for index in ended:
+                del held[index]
         if not held:
             del holdings.pins[rid]
-        return [index for index in ended if self._unpin_one(holdings, index)]
+        return self._unpin(holdings, np.array(ended, np.intp))
 
-    def _unpin_one(self, holdings: Holdings, index: int) -> bool:
-        holdings.pinned_bytes -= int(self._table.records["size"][index])
-        holdings.pinned_count -= 1
-        if index in self.inherited:
-            return False  # others may hold it who have not said so yet; counted anew when all have
-        left = int(self._table.pins[index]) - 1
-        self._table.pins[index] = left
-        return left == 0
+    def _unpin(self, holdings: Holdings, indices: Indices) -> Indices:
+        """Count distinct extents of an ended pin out; those that nobody pins any more."""
+        holdings.pinned_bytes -= int(self._table.records["size"][indices].sum())
+        holdings.pinned_count -= len(indices)
+        if self.inherited:  # others may hold these who have not said so yet; counted anew when all have
+            indices = indices[[index not in self.inherited for index in indices.tolist()]]
+        self._table.pins[indices] -= np.uint64(1)
+        unpinned: Indices = indices[self._table.pins[indices] == 0]
+        return unpinned
 
     def forget_extents(self, gone: Iterable[int]) -> None:
         """The extents exist no more (their segment has gone): end all pins and reservations of them."""
@@ -140,8 +145,9 @@ class Rights:
             for index in lost & holdings.reservations.keys():
                 del holdings.reservations[index]
             for rid in list(holdings.pins):
-                for index in lost & holdings.pins[rid].keys():
-                    self._unpin_one(holdings, index)
+                gone_of = lost & holdings.pins[rid].keys()
+                self._unpin(holdings, np.array(list(gone_of), np.intp))
+                for index in gone_of:
                     del holdings.pins[rid][index]
                 if not holdings.pins[rid]:
                     del holdings.pins[rid]
@@ -188,7 +194,7 @@ class Rights:
                 holdings.pinned_count += len(held)
                 holdings.pinned_bytes += int(self._table.records["size"][list(held)].sum())
 
-    def settle_inherited(self) -> list[int]:
+    def settle_inherited(self) -> Indices:
         """After a restart, when nobody is awaited any more: count the pins anew; returns the extents that
         have none.
         """
@@ -200,7 +206,7 @@ class Rights:
         for index, count in counts.items():
             self._table.pins[index] = count
         self.inherited.clear()
-        return [index for index, count in counts.items() if count == 0]
+        return np.array([index for index, count in counts.items() if count == 0], np.intp)
 
     def generations(self, indices: Any) -> NDArray[np.uint64]:
         """Current generations; indices beyond the table have none (a value that no handle has)."""

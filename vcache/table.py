@@ -272,6 +272,12 @@ class ExtentTable:
         """The state of one extent."""
         return State(int(self._words[(_EXTENTS_AT >> 3) + index * 16]) >> 28 & 0xF)
 
+    def in_state(self, indices: NDArray[np.intp], state: State) -> NDArray[np.bool_]:
+        """Of each of these extents, whether it is in this state."""
+        states: NDArray[np.uint64] = self.word[indices] >> np.uint64(28) & np.uint64(0xF)
+        there: NDArray[np.bool_] = states == np.uint64(state)
+        return there
+
     def generation(self, index: int) -> int:
         """The generation of one extent."""
         return int(self._words[(_EXTENTS_AT >> 3) + index * 16]) >> 32
