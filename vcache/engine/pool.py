@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -191,13 +191,14 @@ class Pool:
         """
         views: list[Tensor | None] = []
         with ExitStack() as borrows:
-            segments = {
-                int(number): self._segment(int(number), lineage, borrows)
-                for number in set(extents["segment"])
+            numbers = extents["segment"].tolist()
+            places = list(zip(extents["offset"].tolist(), sizes, strict=True))
+            found = {
+                number: iter(self._views(self._segment(number, lineage, borrows), theirs, kind))
+                for number, theirs in _grouped(numbers, places).items()
             }
-            places = zip(extents["segment"].tolist(), extents["offset"].tolist(), sizes, strict=True)
-            for number, offset, size in places:
-                views.append(self._view(segments[number], offset, size, kind))
+            views += [next(found[number]) for number in numbers]
+            del found  # which holds the views, too
             try:
                 yield views
             finally:
@@ -218,9 +219,19 @@ class Pool:
                 return None
         return segment
 
-    def _view(self, segment: SegmentMemory | None, offset: int, size: int, kind: str | None) -> Tensor | None:
+    def _views(
+        self, segment: SegmentMemory | None, places: Sequence[tuple[int, int]], kind: str | None
+    ) -> Sequence[Tensor | None]:
         if segment is None:
-            return None
+            return [None] * len(places)
+        with suppress(RemoteProtocolError, SegmentError):
+            views = segment.views(places)
+            if kind in (None, views[0].device.type):
+                return views
+        # One by one, so that an impossible one costs one.
+        return [self._view(segment, offset, size, kind) for offset, size in places]
+
+    def _view(self, segment: SegmentMemory, offset: int, size: int, kind: str | None) -> Tensor | None:
         try:
             view = segment.view(offset, size)
             if kind in (None, view.device.type):
@@ -267,6 +278,17 @@ class Pool:
             except SegmentError as error:
                 self._counters.failed(Cause.DEAD_HOLDER, error)
         return self._label
+
+
+def _grouped(
+    numbers: Sequence[int], places: Sequence[tuple[int, int]]
+) -> dict[int, Sequence[tuple[int, int]]]:
+    """The places by number, in their order."""
+    if len(distinct := set(numbers)) == 1:
+        return {distinct.pop(): places}
+    return {
+        each: [place for at, place in zip(numbers, places, strict=True) if at == each] for each in distinct
+    }
 
 
 def _cut(label: str) -> str:

