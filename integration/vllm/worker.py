@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -19,11 +18,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 
 from integration.vllm.affinity import use_all_cores
 from integration.vllm.below import Below
+from integration.vllm.done import Done, Work
+from integration.vllm.fetcher import Fetcher
 from integration.vllm.groups import Groups, is_replicated
-from integration.vllm.hits import first_needed, longest_hit
 from integration.vllm.identity import group_identity, model_identity, page_format
 from integration.vllm.layer_waits import LayerWaits
-from integration.vllm.messages import Fetch, Identity, Load, LoadPart, Orders, Place, Report, Save, SavePart
+from integration.vllm.messages import Identity, Load, LoadPart, Orders, Place, Report, Save, SavePart
 from integration.vllm.settings import Configured
 from integration.vllm.stats import Observed
 from integration.vllm.tensors import GroupPages, attention_of, describe_pages
@@ -46,34 +46,19 @@ from vcache.tiers.configured import make_tiers
 
 _log = logging.getLogger("vcache.integration.vllm")
 
-_IDLE_WAIT_LOAD_S = 0.01
-"""A step that computes nothing waits so long for a load: a request that comes meanwhile waits no longer."""
-
-_IDLE_WAIT_SAVE_S = 0.001
-"""And for a save, which nobody waits for: only so that the engine does not spin."""
-
 _MAP_AGAIN_S = 5.0
 """How long a new segment of a server that is known may stay unmapped, unless a load needs it before."""
-
-_FETCH_THREADS = 2
-"""A lower tier that is slow to answer for one request holds up one of them."""
-
-_FETCH_BEGINS_S = 2.0
-"""A fetch that has waited longer than this, and than a request waits for it, is given up: prompts come faster
-than the tiers answer, and what waits here would be more and more.
-"""
 
 _NO_KEY = bytes(KEY_BYTES)
 
 
 @dataclass(frozen=True)
 class _GroupHalf:
-    """One group's way to and from the pool, and below it where there are lower tiers."""
+    """One group's way to and from the pool."""
 
     pages: GroupPages
     loads: GrantedLoads
     store: Store
-    below: Below | None
 
     def transfer(self, keys: list[bytes], ids: tuple[int, ...], after: Event) -> Transfer:
         """Whole chunks in these pages, to be copied after what uses them now."""
@@ -82,19 +67,6 @@ class _GroupHalf:
         return Transfer(
             self.pages.paged, keys, sizes, torch.tensor(ids, dtype=torch.int64), layout.pages_per_chunk, after
         )
-
-
-@dataclass
-class _Done:
-    """What threads have finished and vLLM has not heard of. Under the worker's lock."""
-
-    report: Report = field(default_factory=Report)
-    received: set[str] = field(default_factory=set)
-    failed: set[str] = field(default_factory=set)
-    bad_blocks: set[int] = field(default_factory=set)
-
-    def __bool__(self) -> bool:
-        return bool(self.report)
 
 
 class WorkerHalf:
@@ -121,18 +93,14 @@ class WorkerHalf:
         self._identity: Identity | None = None
         self._client: Client | None = None
         self._lending: Lending | None = None
-        self._changed = threading.Condition()
-        self._done = _Done()
-        self._taken = _Done()
+        self._done = Done()
+        patience_s = configured.settings.fetch_deadline_ms / 1e3
+        self._fetcher = Fetcher(groups, patience_s, self._counters, self._done)
         self._mapped_for = 0
         self._map_again_at_s = 0.0
-        self._loads_running = 0
-        self._saves_running = 0
-        self._fetches_running = 0
         self._idle = False
         self._loader = ThreadPoolExecutor(1, "vcache-load", initializer=use_all_cores)
         self._saver = ThreadPoolExecutor(1, "vcache-save", initializer=use_all_cores)
-        self._fetcher = ThreadPoolExecutor(_FETCH_THREADS, "vcache-fetch", initializer=use_all_cores)
 
     # -- beginning and end
 
@@ -153,6 +121,7 @@ class WorkerHalf:
         tensor_rank = get_tp_group().rank_in_group
         replicated = is_replicated(self._groups)
         self._place = (get_pp_group().rank_in_group, 0 if replicated else tensor_rank)
+        self._fetcher.place = self._place
         self._saves_here = not replicated or tensor_rank == 0
         layers = get_layers_from_vllm_config(self._vllm_config, AttentionLayerBase)
         label, model = model_identity(self._vllm_config)
@@ -199,8 +168,9 @@ class WorkerHalf:
             layout = pages.paged.layout
             below = Below(pool, self._tiers, layout, self._counters, config) if self._tiers else None
             queue = below.queue if below and config.tiers.policy == "write-through" else None
-            self._halves.append(_GroupHalf(pages, loads, Store(pool, copies, queue, self._counters), below))
-        below = self._halves[0].below
+            self._halves.append(_GroupHalf(pages, loads, Store(pool, copies, queue, self._counters)))
+            self._fetcher.belows.append(below)
+        below = self._fetcher.belows[0]
         if below and config.tiers.policy == "write-back":  # one takes what is evicted, of whatever group
             self._write_back = WriteBack(client, below.queue)
         if config.server.autostart:
@@ -209,15 +179,12 @@ class WorkerHalf:
 
     def close(self) -> None:
         """Wait for running copies, then leave the pool."""
-        self._fetcher.shutdown(wait=False, cancel_futures=True)
+        self._fetcher.stop()
         self._loader.shutdown(wait=True)
         self._saver.shutdown(wait=True)
         if self._write_back is not None:
             self._write_back.close()
-        for half in self._halves:
-            if half.below is not None:
-                half.below.close()  # ends what a fetch waits for
-        self._fetcher.shutdown(wait=True)
+        self._fetcher.close()
         for tier in self._tiers:
             tier.close()
         if self._client is not None:
@@ -232,11 +199,9 @@ class WorkerHalf:
         self._idle = orders.idle
         self._keep_mapped()
         if orders.tell and self._identity is not None:
-            with self._changed:
-                self._done.report.identities[self._place] = self._identity
-        self._start_fetches(orders)
-        with self._changed:
-            self._loads_running += len(orders.loads)
+            self._done.tell(self._identity)
+        self._fetcher.begin(orders)
+        self._done.begin(Work.LOAD, len(orders.loads))
         for load in orders.loads:
             awaited = self._layers_of(load) if self._layerwise and not load.is_async else []
             self._waits.expect(awaited)
@@ -293,18 +258,16 @@ class WorkerHalf:
 
     def _loaded(self, load: Load, failed: int | None) -> None:
         parts = load.parts.get(self._place, ())
-        with self._changed:
-            self._loads_running -= 1
-            self._done.report.loads[load.id] = 1
+        with self._done.end(Work.LOAD) as finished:
+            finished.report.loads[load.id] = 1
             if failed is not None:
-                self._done.report.failed[load.id] = failed
+                finished.report.failed[load.id] = failed
             if load.is_async:
-                self._done.received.add(load.request)
+                finished.received.add(load.request)
                 if failed is not None:
-                    self._done.failed.add(load.request)
+                    finished.failed.add(load.request)
             elif failed is not None:
-                self._done.bad_blocks.update(self._pages_from(parts, failed))
-            self._changed.notify_all()
+                finished.bad_blocks.update(self._pages_from(parts, failed))
 
     def _load_part(self, part: LoadPart, lineage: int, after: Event, awaited: Counter[str]) -> int | None:
         """The first chunk that did not arrive; None if all did. What the model waits for leaves `awaited`."""
@@ -338,87 +301,12 @@ class WorkerHalf:
                     pages.update(part.pages[at * per_chunk : (at + 1) * per_chunk])
         return pages - {-1}
 
-    # -- lower tiers
-
-    def _start_fetches(self, orders: Orders) -> None:
-        """Begin to bring chunks up; requests that want them are not scheduled yet."""
-        with self._changed:
-            self._fetches_running += len(orders.fetches) + orders.forget
-        began_s = time.monotonic()
-        for fetch in orders.fetches:
-            try:
-                self._fetcher.submit(self._fetch, fetch, began_s)
-            except RuntimeError:  # closed
-                self._fetched(fetch, 0)
-        if orders.forget:
-            try:
-                self._fetcher.submit(self._forget)
-            except RuntimeError:  # closed
-                self._forgot()
-
-    def _fetch(self, fetch: Fetch, began_s: float) -> None:
-        brought = 0
-        try:
-            patience_s = self._configured.settings.fetch_deadline_ms / 1e3
-            if time.monotonic() - began_s <= max(patience_s, _FETCH_BEGINS_S):
-                brought = self._bring(fetch, began_s + patience_s)
-        except Exception as error:  # of ours or a tier's: a miss
-            _log.exception("nothing was fetched from lower tiers")
-            self._counters.failed(Cause.TIER, repr(error))
-        finally:
-            self._fetched(fetch, brought)
-
-    def _bring(self, fetch: Fetch, deadline_s: float) -> int:
-        """Bring up what the longest hit needs, of pool and tiers together; how many chunks were below."""
-        looked = [
-            (half.below, part.group, half.below.look(part.keys[self._place]))
-            for part in fetch.parts
-            if (half := self._halves[part.group]).below is not None
-        ]
-        if not looked:
-            return 0
-        tokens = self._groups.chunk_tokens
-        windows = [self._groups.groups[group].window_tokens for _, group, _ in looked]
-        end = longest_hit([seen.there for *_, seen in looked], windows, first=0, chunk_tokens=tokens)
-        return sum(
-            below.bring(
-                seen,
-                range(first_needed(end, 0, tokens, window), end),
-                within_s=max(0.0, deadline_s - time.monotonic()),
-            )
-            for (below, _, seen), window in zip(looked, windows, strict=True)
-        )
-
-    def _fetched(self, fetch: Fetch, brought: int) -> None:
-        with self._changed:
-            self._fetches_running -= 1
-            self._done.report.fetches[fetch.id] = 1
-            self._done.report.fetched[fetch.id] = brought
-            self._changed.notify_all()
-
-    def _forget(self) -> None:
-        try:
-            for half in self._halves:
-                if half.below is not None:
-                    half.below.forget()
-        except Exception:
-            _log.exception("lower tiers were not emptied")
-        finally:
-            self._forgot()
-
-    def _forgot(self) -> None:
-        with self._changed:
-            self._fetches_running -= 1
-            self._done.report.forgotten += 1
-            self._changed.notify_all()
-
     # -- saves
 
     def start_saves(self, orders: Orders) -> None:
         """Begin to store; vLLM keeps the pages as they are until it is reported."""
         self.finish_loads()
-        with self._changed:
-            self._saves_running += len(orders.saves)
+        self._done.begin(Work.SAVE, len(orders.saves))
         for save in orders.saves:
             try:
                 self._saver.submit(self._save, save, self._queued())
@@ -461,11 +349,9 @@ class WorkerHalf:
         return False
 
     def _saved(self, save: Save, *, stored: bool) -> None:
-        with self._changed:
-            self._saves_running -= 1
-            self._done.report.saves[save.id] = 1
-            self._done.report.stored[save.id] = int(stored)
-            self._changed.notify_all()
+        with self._done.end(Work.SAVE) as finished:
+            finished.report.saves[save.id] = 1
+            finished.report.stored[save.id] = int(stored)
 
     def _save_part(self, part: SavePart, after: Event) -> bool:
         half = self._halves[part.group]
@@ -479,21 +365,12 @@ class WorkerHalf:
         more, and always for the loads that the step itself needed: their failure is heard with the step.
         """
         self.finish_loads()
-        with self._changed:
-            awaited = self._loads_running or self._fetches_running
-            if self._idle and not self._done and (awaited or self._saves_running):
-                patience_s = _IDLE_WAIT_LOAD_S if awaited else _IDLE_WAIT_SAVE_S
-                self._changed.wait_for(lambda: bool(self._done), patience_s)
-            received, self._done.received = self._done.received, set()
-            failed, self._done.failed = self._done.failed, set()
-            self._taken, self._done = self._done, _Done()
-            return KVConnectorTransferResults(finished_recving=received, failed_recving=failed)
+        return self._done.take(is_idle=self._idle)
 
     def bad_blocks(self) -> set[int]:
         """Blocks that synchronous loads did not fill; of what `results` took."""
-        return self._taken.bad_blocks
+        return self._done.bad_blocks()
 
     def report(self) -> Report | None:
         """What the scheduler's half has to know; of what `results` took."""
-        taken, self._taken = self._taken, _Done()
-        return taken.report if taken.report else None
+        return self._done.report()

@@ -194,11 +194,12 @@ class Working(WorkerHalf):
         paged = SimpleNamespace(layout=layout, device=None, layers=[0])
         for group, tiers in zip(groups, below, strict=True):
             pages: Any = SimpleNamespace(paged=paged, layer_names=group.layer_names)
-            self._halves.append(_GroupHalf(pages, self, self, tiers))  # type: ignore[arg-type]
+            self._halves.append(_GroupHalf(pages, self, self))  # type: ignore[arg-type]
+            self._fetcher.belows.append(tiers)
 
     def settle(self) -> None:
         """Return when all that was to be fetched is."""
-        self._fetcher.shutdown(wait=True)
+        self._fetcher.settle()
 
     def run(self, transfer: Any, extents: bytes = b"", lineage: int = 0, on_layer: Any = None) -> Any:
         """Stands for GrantedLoads, whose first chunk does not arrive, and for Store."""

@@ -11,6 +11,7 @@ import pytest
 
 from integration.vllm import fetches as fetches_module
 from integration.vllm.below import Seen
+from integration.vllm.done import Work
 from integration.vllm.groups import Group, Groups
 from integration.vllm.messages import Fetch, FetchPart, Orders, Report
 from tests.vllm.halves import BLOCK, PLACE, Scheduling, request_of
@@ -252,17 +253,37 @@ def test_a_worker_says_each_time_that_it_has_forgotten(working: Any) -> None:
         worker.start_loads(Orders(forget=True))
     worker.settle()
     worker.results()
-    assert worker.report().forgotten == 2 and worker._fetches_running == 0
+    assert worker.report().forgotten == 2 and worker._done.running(Work.FETCH) == 0
     worker.start_loads(Orders(forget=True))  # ended: nobody waits
     worker.results()
-    assert worker.report().forgotten == 1 and worker._fetches_running == 0
+    assert worker.report().forgotten == 1 and worker._done.running(Work.FETCH) == 0
+
+
+def test_a_group_whose_tiers_cannot_be_emptied_does_not_keep_those_of_others(working: Any) -> None:
+    emptied: list[int] = []
+
+    def fail() -> None:
+        raise OSError("no disk")
+
+    groups = Groups(
+        (Group(0, BLOCK, 0, ("first",), None), Group(1, BLOCK, 0, ("second",), None)), BLOCK, BLOCK
+    )
+    belows = [
+        SimpleNamespace(forget=fail, close=lambda: None),
+        SimpleNamespace(forget=lambda: emptied.append(1), close=lambda: None),
+    ]
+    worker = working(below=belows, groups=groups)
+    worker.start_loads(Orders(forget=True))
+    worker.settle()
+    worker.results()
+    assert emptied == [1] and worker.report().forgotten == 1
 
 
 def test_steps_wait_a_little_while_tiers_are_emptied(working: Any) -> None:
     go = threading.Event()
     worker = working(below=[SimpleNamespace(forget=lambda: go.wait(30), close=lambda: None)])
     worker.start_loads(Orders(forget=True, idle=True))
-    assert worker._fetches_running == 1
+    assert worker._done.running(Work.FETCH) == 1
     go.set()
     worker.settle()
     worker.results()
@@ -271,8 +292,8 @@ def test_steps_wait_a_little_while_tiers_are_emptied(working: Any) -> None:
 
 def test_a_fetch_that_has_waited_too_long_is_given_up(working: Any) -> None:
     worker = working(below=[Tiers("", "")])
-    worker._fetches_running += 1
-    worker._fetch(Fetch(7, (FetchPart(0, {PLACE: keys_of(0, 1)}),)), float("-inf"))
+    worker._done.begin(Work.FETCH)
+    worker._fetcher._fetch(Fetch(7, (FetchPart(0, {PLACE: keys_of(0, 1)}),)), float("-inf"))
     worker.results()
     report = worker.report()
     assert report.fetches == {7: 1} and report.fetched == {7: 0}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from integration.vllm import worker as worker_module
+from integration.vllm.done import Work
 from integration.vllm.messages import Load, LoadPart, Orders, Save, SavePart
 from tests.vllm.halves import PLACE, Lane
 
@@ -53,7 +54,7 @@ def test_a_load_that_cannot_begin_has_failed_and_nobody_waits(
     report = worker.report()
     assert report.loads == {1: 1} and report.failed == {1: 2}
     assert report.saves == {1: 1} and report.stored[1] == 0
-    assert worker._loads_running == worker._saves_running == 0
+    assert worker._done.running(Work.LOAD) == worker._done.running(Work.SAVE) == 0
 
 
 def test_segments_are_mapped_again_at_times(working: Any, monkeypatch: pytest.MonkeyPatch) -> None:
