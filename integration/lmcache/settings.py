@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from vcache.config import Config, load
@@ -29,6 +30,8 @@ class Settings(NamedTuple):
 
 def read(given: Mapping[str, Any] | None, **overrides: Any) -> Settings:
     """Read the keys that are ours from `given`. Raises ConfigError with field, value and what is wanted."""
+    if given is not None and not isinstance(given, Mapping):  # LMCache takes what the YAML has there
+        raise ConfigError(f"extra_config: got {given!r}, wanted a mapping of settings by name")
     ours = {
         str(name).removeprefix(_PREFIX): value
         for name, value in (given or {}).items()
@@ -41,17 +44,26 @@ def read(given: Mapping[str, Any] | None, **overrides: Any) -> Settings:
     if tiers is not None and (isinstance(tiers, str) or not isinstance(tiers, Sequence)):
         raise ConfigError(f"vcache.tiers: got {tiers!r}, wanted a list of 'module:function'")
     config = load(path, **{**ours, **overrides}).config
-    if tiers is None:
-        return Settings(config, tuple(make_tiers(config)))
-    return Settings(config, tuple(_made(name) for name in tiers))
+    return Settings(config, tuple(make_tiers(config) if tiers is None else _made(tiers)))
 
 
-def _made(name: object) -> Tier:
+def _made(factories: Sequence[object]) -> list[Tier]:
+    """What the factories make. Raises ConfigError if one fails; what the others made is closed then."""
+    with ExitStack() as undo:
+        tiers = []
+        for name in factories:
+            tiers.append(_made_by(name))
+            undo.callback(tiers[-1].close)
+        undo.pop_all()
+    return tiers
+
+
+def _made_by(name: object) -> Tier:
     module, _, function = str(name).partition(":")
     try:
         tier = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"vcache.tiers: {name!r} makes no tier: {error}") from error
+    except Exception as error:  # it is somebody else's code: it may raise whatever it likes
+        raise ConfigError(f"vcache.tiers: {name!r} makes no tier: {type(error).__name__}: {error}") from error
     if not isinstance(tier, Tier):
         raise ConfigError(f"vcache.tiers: {name!r} made a {type(tier).__name__}, wanted a Tier")
     return tier
