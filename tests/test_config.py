@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from vcache.config import Config, environ_of, load, parse_size
 from vcache.config_values import SIZE_MAX
 from vcache.errors import ArgumentError, ConfigError
+from vcache.limits import SEGMENT_BYTES_MIN
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -121,7 +122,7 @@ def test_loading_needs_no_torch_and_no_yaml_without_a_file() -> None:
         ("VCACHE_SERVER_AUTOSTART", "1", "server.autostart", True),
         ("VCACHE_SERVER_IDLE_EXIT_S", "1.5", "server.idle_exit_s", 1.5),
         ("VCACHE_SEGMENT_SIZE", "2GiB", "segment.size", 2 << 30),
-        ("VCACHE_SEGMENT_SIZE", "4096", "segment.size", 4096),
+        ("VCACHE_SEGMENT_SIZE", "65536", "segment.size", 65536),
         ("VCACHE_SEGMENT_SIZE", "AUTO", "segment.size", "auto"),
         ("VCACHE_SEGMENT_NUMA", "1", "segment.numa", 1),
         ("VCACHE_SEGMENT_NUMA", "none", "segment.numa", None),
@@ -166,6 +167,21 @@ def test_a_wrong_variable(variable: str, text: str, wanted: str) -> None:
     name = variable.removeprefix("VCACHE_").lower()
     name = name if name == "device" else name.replace("_", ".", 1)
     assert message(environ={variable: text}) == f"{name} (from {variable}): got {text!r}, wanted {wanted}"
+
+
+@pytest.mark.parametrize("name", ["runtime_dir", "tiers.rocksdb.directory", "log.file"])
+@pytest.mark.parametrize("text", ["", "\0", "/tmp/a\0b", "/tmp/a\0"])
+def test_text_that_no_system_call_takes(name: str, text: str) -> None:
+    wanted = "text that is not empty and has no NUL character or none"
+    assert message(**{name: text}) == f"{name} (from argument): got {text!r}, wanted {wanted}"
+
+
+@pytest.mark.parametrize("size", [1, "1", SEGMENT_BYTES_MIN - 1, "4KiB"])
+def test_a_segment_in_which_nothing_fits(size: int | str) -> None:
+    said = message(segment={"size": size})
+    assert said.startswith(f"segment.size (from argument): got {size!r}, wanted a number of bytes such as")
+    assert said.endswith(", 0 or at least 8KiB, or 'auto'")
+    assert load(environ={}, **{"segment.size": "8KiB"}).config.segment.size == SEGMENT_BYTES_MIN
 
 
 def test_a_wrong_size_says_what_a_size_is() -> None:

@@ -16,6 +16,7 @@ from vcache.engine import VCacheEngine
 from vcache.engine.arguments import checked_ids, masked_tokens
 from vcache.errors import ArgumentError, ConfigError, EngineClosed, ForkedProcess, SegmentError
 from vcache.layout import KVLayout
+from vcache.limits import SEGMENT_BYTES_MIN
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_size=4, dtype="float32", chunk_tokens=4)
 PAGES = KVLayout(
@@ -229,6 +230,10 @@ def test_a_wrong_argument_of_the_constructor_is_named(
 def test_a_wrong_override_is_an_error_of_the_configuration(runtime_dir: Path) -> None:
     with pytest.raises(ConfigError, match="chunk_size"):
         alone(runtime_dir, chunk_size=5)
+
+
+def test_the_smallest_segment_that_may_be_configured_can_be_lent(runtime_dir: Path) -> None:
+    alone(runtime_dir, segment={"size": SEGMENT_BYTES_MIN}).close()
 
 
 def test_a_segment_larger_than_the_memory_is_refused_at_once(runtime_dir: Path) -> None:

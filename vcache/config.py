@@ -22,7 +22,7 @@ from msgspec import Meta, field
 from vcache.config_values import SIZE_MAX, SIZE_WANTED, Bytes, checked, suggestion
 from vcache.config_values import parse_size as parse_size  # callers find it here
 from vcache.errors import ConfigError
-from vcache.limits import EXTENTS_MAX_DEFAULT, GIB, PINNED_BYTES_MAX_DEFAULT
+from vcache.limits import EXTENTS_MAX_DEFAULT, GIB, PINNED_BYTES_MAX_DEFAULT, SEGMENT_BYTES_MIN
 
 DAY_S: Final = 86_400
 YEAR_S: Final = 365 * DAY_S
@@ -34,7 +34,15 @@ Device = Annotated[
         extra={"wanted": "a device such as 'shm:0' or 'cuda:0'"},
     ),
 ]
-Text = Annotated[str, Meta(min_length=1)]
+Text = Annotated[
+    str,
+    # A NUL ends every path and address: system calls refuse it, without saying which text it was.
+    Meta(pattern=r"^[^\x00]+\Z", extra={"wanted": "text that is not empty and has no NUL character"}),
+]
+SegmentBytes = Annotated[
+    Bytes,
+    Meta(extra={"wanted": f"{SIZE_WANTED}, 0 or at least 8KiB,", "least": SEGMENT_BYTES_MIN}),
+]
 Address = Annotated[
     str,
     Meta(
@@ -103,7 +111,7 @@ class SegmentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     # Bytes, '2GiB', or 'auto': derived from what is free on the device. 0: this process lends nothing,
     # holders do.
-    size: Bytes | Literal["auto"] = "auto"
+    size: SegmentBytes | Literal["auto"] = "auto"
     # 0: where chunks are stored; 1: under that, for what is evicted there (host memory under a GPU's).
     rank: Annotated[int, Meta(ge=0, le=1)] = 0
     # NUMA node that shared memory lies on; None: wherever the kernel puts it.

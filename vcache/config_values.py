@@ -58,7 +58,10 @@ def checked(name: str, value: object, type_: Any, source: str, *, is_text: bool)
     """
     kind = inspect.type_info(type_)
     try:
-        return msgspec.convert(_plain(value, kind), type_, strict=not is_text)
+        converted = msgspec.convert(_plain(value, kind), type_, strict=not is_text)
+        if isinstance(converted, int) and 0 < converted < _extra(kind, "least", 0):
+            raise msgspec.ValidationError
+        return converted
     except (msgspec.ValidationError, ArgumentError):
         shown = repr(value)
         shown = shown if len(shown) <= _SHOWN_MAX else f"{shown[:_SHOWN_MAX]}…"
@@ -79,14 +82,22 @@ def _plain(value: object, kind: inspect.Type) -> object:
         return os.fspath(value)
     if not isinstance(value, str):
         return value
-    kinds = kind.types if isinstance(kind, inspect.UnionType) else (kind,)
-    for each in kinds:
+    for each in _kinds(kind):
         if isinstance(each, inspect.LiteralType) and value.lower() in each.values:
             return value.lower()
         if isinstance(each, inspect.NoneType) and value.lower() == "none":
             return None
-    sizes = any(isinstance(each, inspect.Metadata) and (each.extra or {}).get("size") for each in kinds)
-    return parse_size(value) if sizes else value
+    return parse_size(value) if _extra(kind, "size", False) else value
+
+
+def _kinds(kind: inspect.Type) -> tuple[inspect.Type, ...]:
+    return kind.types if isinstance(kind, inspect.UnionType) else (kind,)
+
+
+def _extra(kind: inspect.Type, name: str, default: Any) -> Any:
+    """What a type says beside what msgspec checks: `size`, as `Bytes`; `least` of what is not 0."""
+    extras = [each.extra or {} for each in _kinds(kind) if isinstance(each, inspect.Metadata)]
+    return next((extra[name] for extra in extras if name in extra), default)
 
 
 def _wanted(kind: inspect.Type, name: str) -> str:
@@ -102,4 +113,5 @@ def _wanted(kind: inspect.Type, name: str) -> str:
         return f"{what} >= {kind.ge} and <= {kind.le}{unit}"
     if isinstance(kind, inspect.BoolType):
         return "true or false"
-    return "none" if isinstance(kind, inspect.NoneType) else "text that is not empty"
+    assert isinstance(kind, inspect.NoneType)
+    return "none"

@@ -86,6 +86,9 @@ SEGMENT_HEADER_BYTES: Final = 4 * KIB
 pages.
 """
 
+SEGMENT_BYTES_MIN: Final = 2 * SEGMENT_HEADER_BYTES
+"""A segment is not smaller: its header, and one page for a chunk."""
+
 SEGMENT_BYTES_DEFAULT_MIN: Final = 64 * MIB
 """A default segment is not smaller: two chunks of Llama-3-8B, the least that a prefix hit can come from."""
 

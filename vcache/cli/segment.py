@@ -26,7 +26,7 @@ from vcache.client import Client
 from vcache.config import Config, parse_size
 from vcache.engine.moving import SegmentMover
 from vcache.errors import ArgumentError, ServerError
-from vcache.limits import SEGMENT_ALIGN_BYTES
+from vcache.limits import SEGMENT_ALIGN_BYTES, SEGMENT_BYTES_MIN
 from vcache.logs import Line
 from vcache.protocol import ErrorCode
 from vcache.room import default_segment_bytes, memory_room
@@ -189,8 +189,9 @@ def _size(config: Config, given: str | None) -> int:
             )
         return default_segment_bytes(memory_room(config.segment.numa))
     count = parse_size(size)
-    if count == 0:
-        raise ArgumentError("--size", 0, "a size such as 2GiB (segment.size of the configuration is 0)")
+    if count < SEGMENT_BYTES_MIN:
+        why = " (segment.size of the configuration is 0)" if given is None else ""
+        raise ArgumentError("--size", count, f"a size such as 2GiB, at least 8KiB{why}")
     return max(count // align, 1) * align
 
 
