@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import msgspec
@@ -13,7 +14,7 @@ import msgspec
 from integration.lmcache.device import Device
 from integration.lmcache.promises import Pins, Promises
 from integration.lmcache.reads import Reads
-from integration.lmcache.settings import read
+from integration.lmcache.settings import Settings, read
 from vcache.engine.chunks import Chunks
 from vcache.engine.lending import Lending
 from vcache.engine.stats import Counters
@@ -48,6 +49,16 @@ class Core:
         device: what reads and writes chunks, as `Device`.
         """
         settings = read(given, **({} if lends else {"segment.size": 0}))
+        with ExitStack() as undo:
+            for tier in settings.tiers:
+                undo.callback(tier.close)
+            self._make(settings, undo, layout=layout, model=model, name=name, device=device)
+            self._left = undo.pop_all()
+
+    def _make(
+        self, settings: Settings, undo: ExitStack, *, layout: KVLayout, model: str, name: str, device: str
+    ) -> None:
+        """All that there is to make; whatever has to be closed is in `undo` as soon as it is made."""
         config = settings.config
         self.device = Device(device)
         reaching = config.device
@@ -60,13 +71,10 @@ class Core:
         self.counters = Counters()
         self.pins = Pins()
         self.promises = Promises()
-        self._tiers = settings.tiers
-        self._lending = Lending(config)
-        try:
-            self.client = self._lending.client(name, reaching)
-        except BaseException:
-            self._lending.close()
-            raise
+        lending = Lending(config)
+        undo.callback(lending.close)
+        self.client = lending.client(name, reaching)
+        undo.callback(self.client.close)
         self.reads = Reads()
         self.chunks = Chunks(
             self.client,
@@ -82,12 +90,13 @@ class Core:
             synchronise=self.device.synchronise,
             registrar=self.device.registrar,
         )
+        undo.callback(self.chunks.close)
         self.owner: object = None
         self.on_turn: Callable[[], None] = _nothing_to_wait_for
         self._ending = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="vcache-lmcache-keeper", daemon=True)
-        self._keeper.start()
         self._wait_for_room()
+        self._keeper.start()
 
     def _wait_for_room(self) -> None:
         """Wait for the server, if there is one, and for our own segment: gigabytes take seconds."""
@@ -129,11 +138,7 @@ class Core:
         self.device.turn()
         self.chunks.drop_all(self.pins.take_all())
         self.chunks.drop_all(self.promises.take_all())
-        self.chunks.close()
-        for tier in self._tiers:
-            tier.close()
-        self.client.close()
-        self._lending.close()
+        self._left.close()
 
     def _keep(self) -> None:
         while not self._ending.wait(KEEPER_INTERVAL_S):

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 from typing import Any, Protocol, TypeVar, cast
 
 from vcache.errors import LocalStateError
@@ -37,27 +38,29 @@ class _Failing(Protocol):
 
 def otherwise(answer: Callable[[Any], Any]) -> Callable[[Method], Method]:
     """Whatever goes wrong in the method is noted in its object's `failures`, and LMCache gets
-    `answer(first argument)`.
+    `answer(first argument)`, however that was passed.
     """
 
     def decorate(method: Method) -> Method:
-        def failed(self: _Failing, given: tuple[Any, ...], error: Exception) -> Any:
+        _, first, *_ = *signature(method).parameters, ""  # self, and what follows it if anything does
+
+        def failed(self: _Failing, given: tuple[Any, ...], named: dict[str, Any], error: Exception) -> Any:
             self.failures.note(method.__name__, error)
-            return answer(given[0] if given else None)
+            return answer(given[0] if given else named.get(first))
 
         @wraps(method)
         def call(self: _Failing, *given: Any, **named: Any) -> Any:
             try:
                 return method(self, *given, **named)
             except Exception as error:  # an exception would go up into the inference engine and end it
-                return failed(self, given, error)
+                return failed(self, given, named, error)
 
         @wraps(method)
         async def await_it(self: _Failing, *given: Any, **named: Any) -> Any:
             try:
                 return await method(self, *given, **named)
             except Exception as error:
-                return failed(self, given, error)
+                return failed(self, given, named, error)
 
         return cast(Method, await_it if asyncio.iscoroutinefunction(method) else call)
 
