@@ -6,6 +6,7 @@ import weakref
 from typing import Any
 
 from integration.lmcache.core import Core
+from vcache.engine.stats import Cause
 
 _SHOWN = {
     "hits": "chunks that were there",
@@ -19,6 +20,7 @@ _SHOWN = {
     "reads_in_flight": "lookups and loads under way",
     "reads_refused": "lookups and loads that were too many",
     "connected": "whether the metadata server answers",
+    **{cause.value: f"failures: {cause.value.removeprefix('failed_').replace('_', ' ')}" for cause in Cause},
 }
 _gauges: dict[str, Any] = {}
 

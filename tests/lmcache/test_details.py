@@ -13,6 +13,7 @@ from tests.lmcache import engine
 from tests.processes.content import prompt
 from tests.processes.pool import Pool
 from tests.processes.worker import eventually
+from vcache.engine.stats import Cause
 
 CHUNK = engine.CHUNK_TOKENS
 TOKENS = 4 * CHUNK
@@ -193,6 +194,7 @@ def test_figures_are_among_lmcaches_metrics(pool: Pool) -> None:
         "vcache_stored_bytes" in line and wanted in line and not line.endswith(" 0.0") for line in lines
     )
     assert any("vcache_connected" in line and line.endswith(" 1.0") for line in lines)
+    assert all(any(f"vcache_{cause.value}{{" in line for line in lines) for cause in Cause)
 
 
 def scheduler_looks(child: Any, path: str) -> int:
