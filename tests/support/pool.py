@@ -69,6 +69,11 @@ def attach(number: int, size: int, *, rank: int = 0, numa: int = -1) -> protocol
     )
 
 
+def make(tmp_path: Path, *sizes: int, policy: Policy | None = None) -> Pool:
+    """A pool with a segment of each of these sizes."""
+    return Pool(tmp_path / "several", segments=sizes, policy=policy)
+
+
 class Pool:
     """A directory, its table and its clock. Sessions are numbers; `rid`s rise by themselves."""
 
