@@ -192,3 +192,19 @@ def test_memory_that_a_device_cannot_reach_is_a_miss(engine: VCacheEngine) -> No
             assert (view is not None) == reached
     assert counted(engine, "failed_other_memory") == [before + 1]
     pool.release(grant)
+
+
+def test_an_extent_that_cannot_be_costs_itself_only(engine: VCacheEngine) -> None:
+    store(engine, 71, 3 * CHUNK)
+    pool, size = engine._retrieve._pool, LAYOUT.chunk_bytes
+    grant = pool.acquire(KEYS.keys(prompt(71, 3 * CHUNK), CHUNK))
+    assert grant is not None
+    broken = grant.extents.copy()
+    broken["offset"][1] = 1 << 40
+    before = counted(engine, "failed_malformed")[0]
+    with pool.borrowed(broken, [size] * 3, grant.lineage) as views:
+        assert [None if view is None else len(view) for view in views] == [size, None, size]
+    assert counted(engine, "failed_malformed") == [before + 1]
+    with pool.borrowed(grant.extents[:0], [], grant.lineage) as views:
+        assert views == []
+    pool.release(grant)
