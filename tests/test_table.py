@@ -13,7 +13,7 @@ from tests.support.pool import BOOT, key, layout, namespace
 from tests.support.torn import instants, leave
 from vcache.errors import RemoteProtocolError
 from vcache.limits import KIB, SEGMENTS_MAX
-from vcache.table import ExtentTable, State, TableDamaged, TableReader, retire, word_of
+from vcache.table import ExtentTable, Standing, State, TableDamaged, TableReader, retire, word_of
 
 CAPACITY = 64
 HEADER_BYTES = 4 * KIB
@@ -376,6 +376,26 @@ def test_the_fence_holds_while_an_extent_is_the_same_and_breaks_before_it_is_any
     assert unchanged(reader, 3, table.reserve(3, 1, 1, layout(1)))
     table.dissolve(3)
     assert not unchanged(reader, 3, generation + 1)
+
+
+def test_a_reader_sees_what_has_become_of_a_chunk(table: ExtentTable, path: Path) -> None:
+    reader = reader_of(path)
+    to_committed(table)
+    generation = table.generation(3)
+    assert reader.standing(3, generation) is Standing.THERE
+    table.orphan(3)
+    assert reader.standing(3, generation) is Standing.REMOVED
+    table.free(3)
+    assert reader.standing(3, generation) is Standing.LOST
+
+
+def test_of_a_retired_table_nobody_knows_what_has_become_of_its_chunks(
+    table: ExtentTable, path: Path
+) -> None:
+    reader = reader_of(path)
+    to_committed(table)
+    retire(path)
+    assert reader.standing(3, table.generation(3)) is Standing.LOST
 
 
 def test_the_fence_of_a_retired_table_is_broken_everywhere(table: ExtentTable, path: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
+import torch
 
+from tests.client_pool import Pool as Processes
+from tests.client_pool import pool_in_memory
 from tests.processes.content import LAYOUT
 from tests.processes.worker import DEADLINE_S
 from tests.support.lending_client import lending_client
@@ -132,3 +135,125 @@ def test_a_queue_ends_although_its_client_has(client: Client, pool: SlowPool, ti
     pool.go.set()
     queue.close()
     assert queue.chunks == 0 and len(tier) == 0
+
+
+class SlowTier(MemoryTier):
+    """A put of the second key waits for the test: before or after it has kept the chunk."""
+
+    def __init__(self, keeps_first: bool) -> None:
+        super().__init__(1 << 20)
+        self.keeps_first = keeps_first
+        self.putting, self.go = threading.Event(), threading.Event()
+
+    def put(self, key: bytes, chunk: torch.Tensor, layout: bytes, expires_ms: int = 0) -> bool:
+        if key != KEYS[1]:
+            return super().put(key, chunk, layout, expires_ms)
+        kept = self.keeps_first and super().put(key, chunk, layout, expires_ms)
+        self.putting.set()
+        assert self.go.wait(DEADLINE_S)
+        return kept or super().put(key, chunk, layout, expires_ms)
+
+
+@pytest.fixture
+def processes() -> Iterator[Processes]:
+    with pool_in_memory() as processes:
+        processes.start()
+        yield processes
+
+
+def stored(client: Client) -> Pool:
+    """A pool with the three chunks in it."""
+    pool = Pool(client, Counters(), LAYOUT, "model", "shm:0")
+    reservation = pool.reserve(KEYS)
+    assert reservation is not None and len(reservation.extents) == len(KEYS)
+    sizes = [LAYOUT.chunk_bytes] * len(KEYS)
+    assert pool.commit(reservation.extents, KEYS, sizes, reservation.lineage)
+    return pool
+
+
+def remove(pool: Pool, tier: MemoryTier) -> None:
+    """As another process does: the second and the third."""
+    assert pool.remove(KEYS[1:]) == 2
+    tier.remove(KEYS[1:])
+
+
+def clear(pool: Pool, tier: MemoryTier) -> None:
+    """As another process does."""
+    assert pool.clear() == len(KEYS)
+    tier.clear()
+
+
+@pytest.mark.parametrize("keeps_first", [False, True], ids=["before its write", "after its write"])
+@pytest.mark.parametrize("forget", [remove, clear])
+def test_what_another_process_removes_while_it_is_written_does_not_come_back(
+    processes: Processes, forget: Callable[[Pool, MemoryTier], None], keeps_first: bool
+) -> None:
+    writer, remover = processes.client(lends=1 << 20), processes.client()
+    tier = SlowTier(keeps_first)
+    queue = queue_of(stored(writer), tier)
+    queue.accept(KEYS)
+    assert tier.putting.wait(DEADLINE_S)  # the third waits behind it
+    forget(Pool(remover, Counters(), LAYOUT, "model", "shm:0"), tier)
+    tier.go.set()
+    assert queue.flush(DEADLINE_S)
+    assert tier.contains(KEYS) == [forget is remove, False, False]
+    queue.close()
+    assert pinned(remover) == 0
+    remover.check()
+
+
+def test_what_is_accepted_while_the_pool_is_being_cleared_does_not_come_back(processes: Processes) -> None:
+    tier = SlowTier(keeps_first=False)
+    pool = stored(processes.client(lends=1 << 20))
+    queue = queue_of(pool, tier)
+    queue.forget(None)
+    queue.accept(KEYS)
+    assert tier.putting.wait(DEADLINE_S)
+    clear(pool, tier)
+    tier.go.set()
+    assert queue.flush(DEADLINE_S)
+    assert len(tier) == 0
+    queue.close()
+
+
+def test_what_is_evicted_after_it_was_written_stays_below(processes: Processes) -> None:
+    client, tier = processes.client(lends=1 << 20), MemoryTier(1 << 20)
+    pool = stored(client)
+    queue = queue_of(pool, tier)
+    queue.accept(KEYS)
+    assert queue.flush(DEADLINE_S)
+    others = [bytes([number]) * 32 for number in range(3, 250)]
+    reservation = pool.reserve(others)
+    assert reservation is not None
+    assert pool.contains(KEYS) == [False] * len(KEYS)
+    assert tier.contains(KEYS) == [True] * len(KEYS)
+    queue.close()
+
+
+def test_what_is_pinned_to_be_written_is_not_evicted(processes: Processes) -> None:
+    client, tier = processes.client(lends=1 << 20), SlowTier(keeps_first=True)
+    pool = stored(client)
+    queue = queue_of(pool, tier)
+    queue.accept(KEYS)
+    assert tier.putting.wait(DEADLINE_S)
+    reservation = pool.reserve([bytes([number]) * 32 for number in range(3, 250)])
+    assert reservation is not None
+    assert pool.contains(KEYS) == [True] * len(KEYS)
+    tier.go.set()
+    assert queue.flush(DEADLINE_S)
+    assert tier.contains(KEYS) == [True] * len(KEYS)
+    queue.close()
+
+
+def test_a_server_that_does_not_answer_has_removed_nothing(processes: Processes) -> None:
+    client, tier = processes.client(lends=1 << 20), SlowTier(keeps_first=True)
+    pool = stored(client)
+    queue = queue_of(pool, tier)
+    queue.accept(KEYS)
+    assert tier.putting.wait(DEADLINE_S)
+    processes.kill()
+    assert pool.contains(KEYS) == [False] * len(KEYS)
+    tier.go.set()
+    assert queue.flush(DEADLINE_S)
+    assert tier.contains(KEYS) == [True] * len(KEYS)
+    queue.close()

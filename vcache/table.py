@@ -34,7 +34,7 @@ import os
 import secrets
 import struct
 import zlib
-from enum import IntEnum
+from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any, Final
 
@@ -62,6 +62,14 @@ class State(IntEnum):
     RESERVED = 2
     COMMITTED = 3
     ORPHANED = 4
+
+
+class Standing(Enum):
+    """What has become of a chunk that somebody pinned."""
+
+    THERE = "it is in the pool, and is found there"
+    REMOVED = "somebody has removed it, or it has expired: nothing pinned is evicted"
+    LOST = "its segment, or the whole table, has gone, or the pin has: nobody knows"
 
 
 SEGMENT: Final = np.dtype(
@@ -427,7 +435,9 @@ class TableReader:
         finally:
             os.close(fd)
         self._head: NDArray[np.uint64] = np.frombuffer(self._map, np.uint64, 1, 0)
-        self._generations: NDArray[np.uint32] = np.frombuffer(self._map, RECORD, capacity, _EXTENTS_AT).view(
+        records = np.frombuffer(self._map, RECORD, capacity, _EXTENTS_AT)
+        self._words: NDArray[np.uint64] = records["word"]
+        self._generations: NDArray[np.uint32] = records.view(
             np.dtype({"names": ["generation"], "formats": ["<u4"], "offsets": [4], "itemsize": _RECORD_BYTES})
         )["generation"]
 
@@ -445,3 +455,10 @@ class TableReader:
         """
         same: NDArray[np.bool_] = self._generations[index] == generation
         return same if self.in_force else np.zeros_like(same)
+
+    def standing(self, index: int, generation: int) -> Standing:
+        """Whether one extent still is the chunk that it was granted as. Call it after what depends on it."""
+        word = int(self._words[index])
+        if not self.in_force or word >> 32 != generation:
+            return Standing.LOST
+        return Standing.THERE if word >> 28 & 0xF == State.COMMITTED else Standing.REMOVED

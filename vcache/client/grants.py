@@ -14,7 +14,7 @@ from vcache.client.ledger import Handle
 from vcache.errors import ArgumentError, RemoteProtocolError, Unavailable
 from vcache.limits import KEY_BYTES
 from vcache.protocol import EXTENT, Acquire, Acquired, Extents, Reserve, Reserved, pack_handles
-from vcache.table import TableReader
+from vcache.table import Standing, TableReader
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +56,13 @@ class Grant:
     def pinned(self) -> bool:
         """Whether it holds until it is released."""
         return self.deadline_s == float("inf")
+
+    def standing(self, at: int) -> Standing:
+        """What has become of the pinned chunk in `extents[at]`. Nobody is asked: it is in the extent table,
+        before its remover hears that it was removed, and whether or not a server is there.
+        """
+        extent = self.extents[at]
+        return self.table.standing(int(extent["index"]), int(extent["generation"]))
 
 
 def read_reserved(reply: Reserved, connection: Connection, request: Reserve) -> Reservation:

@@ -22,6 +22,7 @@ from vcache.engine.stats import Cause, Counters
 from vcache.errors import LocalStateError
 from vcache.limits import KEYS_PER_REQUEST_MAX, TIER_DRAIN_S
 from vcache.logs import Line
+from vcache.table import Standing
 
 _log = logging.getLogger(__name__)
 
@@ -250,12 +251,22 @@ class TierQueue:
                     self._changed.notify_all()
 
     def _write(self, waiting: _Waiting) -> _Kept:
-        """Write what was not forgotten."""
+        """Write what was not forgotten here and not removed by anybody.
+
+        Whoever removes a chunk removes it from the pool first, and from the tiers once the server has said
+        that this is done. So a chunk that is written under a pin comes to rest in one of two orders. Its
+        removal from the pool came before the look at the extent table that follows the write: then that look
+        sees it, and the chunk is taken back here. Or it came after the look, and so after the write: then the
+        remover's own removal from the tier finds what was written. Nothing is evicted while it is pinned, so
+        what is taken back was not evicted; only where pins ended before their time (LOST) it might have been,
+        and that costs a miss. Write-back is told by the server, when the copy ends (`Client.moved`).
+        """
         extents, grant = waiting.grant.extents, waiting.grant
         expires_ms = self._expires_ms() if waiting.expires_ms is None else waiting.expires_ms
+        is_saved = waiting.layout is not None
         kept = new = 0
         for at, key in enumerate(waiting.keys):
-            if key in self._forgotten:
+            if key in self._forgotten or grant.standing(at) is Standing.REMOVED:
                 continue
             part = extents[at : at + 1]
             with self._pool.borrowed(part, part["length"].tolist(), grant.lineage) as views:
@@ -264,14 +275,14 @@ class TierQueue:
                     self._counters.add(tier_dropped_chunks=len(waiting.keys) - at)
                     return _Kept(kept, new)
                 # What came from below and goes down again is there already.
-                is_there = waiting.layout is not None and self._tier.has(key)
+                is_there = is_saved and self._tier.has(key)
                 is_kept = is_there or self._tier.put(key, views[0], expires_ms, waiting.layout)
             kept += is_kept
             if is_there:
                 continue
             new += is_kept
             self._counters.add(**{"tier_written_chunks" if is_kept else "tier_refused_chunks": 1})
-            if key in self._forgotten:
+            if key in self._forgotten or not (is_saved or grant.standing(at) is Standing.THERE):
                 self._tier.remove([key])
         return _Kept(kept, new)
 
