@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.client_pool import Pool, key, pool_in_memory
-from tests.processes.worker import eventually
+from tests.processes.worker import DEADLINE_S, eventually
 from vcache.client import Client
 from vcache.engine.chunks import Chunks, Draft, Part
 from vcache.engine.forms import Form, decode
@@ -22,7 +22,7 @@ from vcache.engine.write_back import WriteBack
 from vcache.errors import ArgumentError, RemoteProtocolError, SegmentError
 from vcache.layout import KVLayout
 from vcache.limits import FORM_BYTES, PART_ALIGN_BYTES, SAVES_MAX, STOCK_REFILL_EXTENTS
-from vcache.tiers import MemoryTier
+from vcache.tiers import Found, MemoryTier
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_size=8, dtype="float32", chunk_tokens=16)
 FORM = Form(((2, 3, 16), (5,)), ("float32", "uint8"), 7)
@@ -315,6 +315,103 @@ def test_what_is_forgotten_is_forgotten_below_too(pool: Pool) -> None:
     assert chunks.clear() == 2
     assert chunks.count([key(2)]) == 0
     chunks.close()
+
+
+class Watched(MemoryTier):
+    """A read, and a removal, can be held until the test lets it go on."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 20)
+        self.holds_get = self.holds_forget = False
+        self.getting, self.forgetting, self.go = threading.Event(), threading.Event(), threading.Event()
+
+    def get(self, key: bytes, into: torch.Tensor, layout: bytes) -> Found | None:
+        found = super().get(key, into, layout)
+        self.getting.set()
+        assert not self.holds_get or self.go.wait(DEADLINE_S)
+        return found
+
+    def remove(self, keys: Sequence[bytes]) -> int:
+        self._hold()
+        return super().remove(keys)
+
+    def clear(self) -> None:
+        self._hold()
+        super().clear()
+
+    def _hold(self) -> None:
+        self.forgetting.set()
+        assert not self.holds_forget or self.go.wait(DEADLINE_S)
+
+
+def below_only(pool: Pool) -> tuple[Client, Chunks, Watched]:
+    """Three chunks that only a tier has."""
+    client, tier = pool.client(lends=1 << 20), Watched()
+    chunks = chunks_of(client, tiers=[tier], tier_queue_chunks=16)
+    write(chunks, [1, 2, 3])
+    assert chunks.flush_tiers(20)
+    assert client.clear() == 3
+    return client, chunks, tier
+
+
+def take(chunks: Chunks, numbers: list[int]) -> None:
+    chunks.drop_all(chunks.take([key(number) for number in numbers], FORM.chunk_bytes))
+
+
+FORGET: dict[str, Callable[[Chunks], int]] = {
+    "remove": lambda chunks: chunks.remove([key(1), key(2)]),
+    "clear": Chunks.clear,
+}
+
+
+@pytest.mark.parametrize("forget", FORGET.values(), ids=FORGET)
+def test_what_is_forgotten_while_it_is_read_below_does_not_come_up(
+    pool: Pool, forget: Callable[[Chunks], int]
+) -> None:
+    client, chunks, tier = below_only(pool)
+    tier.holds_get = True
+    taking = threading.Thread(target=take, args=(chunks, [1, 2]))
+    taking.start()
+    assert tier.getting.wait(DEADLINE_S)
+    forget(chunks)
+    tier.go.set()
+    taking.join(DEADLINE_S)
+    assert client.contains([key(1), key(2)]) == [False, False]
+    assert chunks.take([key(1)], FORM.chunk_bytes) == [None]
+    assert chunks.counters.snapshot()["tier_promoted_chunks"] == 0
+    chunks.close()
+    client.check()
+    assert client.counters["reserved"] == 0
+
+
+@pytest.mark.parametrize("forget", FORGET.values(), ids=FORGET)
+def test_what_is_read_below_before_a_tier_has_forgotten_it_does_not_come_up(
+    pool: Pool, forget: Callable[[Chunks], int]
+) -> None:
+    client, chunks, tier = below_only(pool)
+    tier.holds_forget = True
+    forgetting = threading.Thread(target=forget, args=(chunks,))
+    forgetting.start()
+    assert tier.forgetting.wait(DEADLINE_S)  # the pool has forgotten it
+    take(chunks, [1, 2])
+    tier.go.set()
+    forgetting.join(DEADLINE_S)
+    assert client.contains([key(1), key(2)]) == [False, False]
+    chunks.close()
+
+
+def test_what_was_not_removed_comes_up_all_the_same(pool: Pool) -> None:
+    client, chunks, tier = below_only(pool)
+    tier.holds_get = True
+    taking = threading.Thread(target=take, args=(chunks, [1, 2, 3]))
+    taking.start()
+    assert tier.getting.wait(DEADLINE_S)
+    chunks.remove([key(2)])
+    tier.go.set()
+    taking.join(DEADLINE_S)
+    assert client.contains([key(1), key(2), key(3)]) == [True, False, True]
+    chunks.close()
+    client.check()
 
 
 def test_without_a_server_everything_is_a_miss(pool: Pool) -> None:

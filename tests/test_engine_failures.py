@@ -15,7 +15,7 @@ from tests.processes.pool import Pool
 from tests.processes.worker import DEADLINE_S
 from tests.support.engines import CHUNK, KEYS, counted, load, make, store
 from vcache.engine import Location, VCacheEngine
-from vcache.tiers import MemoryTier
+from vcache.tiers import Found, MemoryTier
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,35 @@ def test_what_is_being_written_below_is_forgotten_too(pool: Pool) -> None:
         assert engine.flush_tiers(DEADLINE_S)
         assert len(tier) == 0
         assert engine.lookup(prompt(43, 3 * CHUNK)) == 0
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_what_is_forgotten_while_it_comes_up_does_not_stay(pool: Pool, prefetch: bool) -> None:
+    reading, go = threading.Event(), threading.Event()
+
+    class Held(MemoryTier):
+        def get(self, key: bytes, into: torch.Tensor, layout: bytes) -> Found | None:
+            found = super().get(key, into, layout)
+            reading.set()
+            assert go.wait(DEADLINE_S)
+            return found
+
+    tier = Held(1 << 20)
+    keys = KEYS.keys(prompt(44, 3 * CHUNK), CHUNK)
+    with make(pool, tiers=[tier], size="1MiB", **{"tiers.prefetch": prefetch}) as engine:
+        store(engine, 44, 3 * CHUNK)
+        assert engine.flush_tiers(DEADLINE_S)
+        pool.observer.remove(keys)
+        if prefetch:
+            engine.lookup(prompt(44, 3 * CHUNK))
+        retrieving = threading.Thread(target=load, args=(engine, 44, 3 * CHUNK))
+        retrieving.start()
+        assert reading.wait(DEADLINE_S)
+        engine.remove(keys[:2])
+        go.set()
+        retrieving.join(DEADLINE_S)
+        assert pool.observer.contains(keys[:2]) == [False, False]
+    pool.check()
 
 
 # -- when things go wrong

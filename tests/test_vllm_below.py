@@ -146,9 +146,8 @@ def test_what_was_looked_for_while_a_tier_could_not_be_emptied_is_not_brought(
 
 
 def test_what_a_slow_tier_brings_after_it_was_forgotten_does_not_stay(
-    client: Client, tier: Tier, below: Below, monkeypatch: pytest.MonkeyPatch
+    client: Client, tier: Tier, below: Below
 ) -> None:
-    monkeypatch.setattr("vcache.engine.prefetch.TIER_DRAIN_S", 0.0)
     tier.holds_get = True
     bringing = threading.Thread(target=bring, args=(below,))
     bringing.start()

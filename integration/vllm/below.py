@@ -93,11 +93,12 @@ class Below:
             self._forgotten += 1
             self._forgetting += 1
         try:
-            self._prefetch.forget(None)
-            self.queue.forget(None)
-            self._pool.clear()
-            if not self._empty():
-                _log.warning("a lower tier was not emptied; nothing is brought up before it is")
+            with self._lower.passages.closed(None):
+                self._prefetch.forget(None)
+                self.queue.forget(None)
+                self._pool.clear()
+                if not self._empty():
+                    _log.warning("a lower tier was not emptied; nothing is brought up before it is")
         finally:
             with self._guard:
                 self._forgotten += 1  # void is also what was looked for meanwhile

@@ -21,6 +21,7 @@ from vcache.client import Client
 from vcache.engine.forms import Form, decode
 from vcache.engine.holds import Hold, Holds
 from vcache.engine.lower import LowerTiers, ttl_left_ms
+from vcache.engine.passages import Passage
 from vcache.engine.pool import Pool
 from vcache.engine.stats import Cause, Counters
 from vcache.engine.stock import Blank, Stock
@@ -219,7 +220,9 @@ class Chunks:
         holds = self._holds.take(keys)
         if self._lower and expected_bytes and None in holds:
             missing = [key for key, hold in zip(keys, holds, strict=True) if hold is None]
-            self._promote(list(dict.fromkeys(missing)), expected_bytes)
+            wanted = list(dict.fromkeys(missing))
+            with self._lower.passages.opened(wanted) as passage:
+                self._promote(wanted, expected_bytes, passage)
             promoted = iter(self._holds.take(missing))
             holds = [next(promoted) if hold is None else hold for hold in holds]
         found = sum(hold is not None for hold in holds)
@@ -266,7 +269,7 @@ class Chunks:
                 forms.append(None)
         return forms
 
-    def _promote(self, keys: list[bytes], size: int) -> None:
+    def _promote(self, keys: list[bytes], size: int, passage: Passage) -> None:
         """Load chunks of that size from the lower tiers into the pool, as far as they are there and fit."""
         flags = self._lower.contains(keys)
         below = [key for key, there in zip(keys, flags, strict=True) if there]
@@ -282,43 +285,50 @@ class Chunks:
                 else:  # the tier may still write to it
                     answer.when_over(partial(self._stock.give_back, blank))
             for ttl_ms, which in groupby(loaded, key=itemgetter(2)):
-                self._bind([(key, blank) for key, blank, _ in which], size, ttl_ms)
+                self._bind([(key, blank) for key, blank, _ in which], size, ttl_ms, passage)
             if len(blanks) < TIER_LOAD_CHUNKS_MAX:
                 return
 
-    def _bind(self, loaded: list[tuple[bytes, Blank]], size: int, ttl_ms: int) -> None:
+    def _bind(self, loaded: list[tuple[bytes, Blank]], size: int, ttl_ms: int, passage: Passage) -> None:
         self._synchronise()
-        extents = np.concatenate([blank.extents for _, blank in loaded]).astype(EXTENT, copy=False)
-        keys = [key for key, _ in loaded]
-        lineage = loaded[0][1].lineage
-        outcomes = self._pool.commit(
-            extents, keys, [size] * len(keys), lineage, ttl_ms=ttl_ms, keep_lost=True
-        )
-        for at, (_, blank) in enumerate(loaded):
+        outcomes = b""
+        with passage.ending() as forgotten:
+            kept = [blank for key, blank in loaded if key not in forgotten]
+            if kept:
+                keys = [key for key, _ in loaded if key not in forgotten]
+                extents = np.concatenate([blank.extents for blank in kept]).astype(EXTENT, copy=False)
+                sizes, lineage = [size] * len(keys), kept[0].lineage
+                outcomes = self._pool.commit(extents, keys, sizes, lineage, ttl_ms=ttl_ms, keep_lost=True)
+        for at, blank in enumerate(kept):
             if at < len(outcomes) and outcomes[at] == Outcome.LOST:
                 self._stock.give_back(blank)
             else:
                 blank.let_go()
-        self.counters.add(tier_hits=len(keys), tier_promoted_chunks=outcomes.count(Outcome.COMMITTED))
+        for key, blank in loaded:
+            if key in forgotten:
+                self._stock.give_back(blank)
+        self.counters.add(tier_hits=len(kept), tier_promoted_chunks=outcomes.count(Outcome.COMMITTED))
 
     # -- forgetting, and the rest
 
     def remove(self, keys: Sequence[bytes]) -> int:
         """Forget chunks; how many were there. Who holds one goes on reading it."""
-        self._holds.forget(keys)
-        if self._queue is not None:
-            self._queue.forget(keys)
-        removed = self._pool.remove(keys)
-        self._lower.remove(keys)
+        with self._lower.passages.closed(keys):
+            self._holds.forget(keys)
+            if self._queue is not None:
+                self._queue.forget(keys)
+            removed = self._pool.remove(keys)
+            self._lower.remove(keys)
         return removed
 
     def clear(self) -> int:
         """Forget all chunks of this model, and of every model in the tiers; how many the pool had."""
-        self._holds.forget()
-        if self._queue is not None:
-            self._queue.forget(None)
-        removed = self._pool.clear()
-        self._lower.clear()
+        with self._lower.passages.closed(None):
+            self._holds.forget()
+            if self._queue is not None:
+                self._queue.forget(None)
+            removed = self._pool.clear()
+            self._lower.clear()
         return removed
 
     @property

@@ -269,9 +269,10 @@ class VCacheEngine:
             keys = [self._transfers.bound_key(key, "cache_keys") for key in cache_keys]
             if not keys:
                 return 0
-            self._forget_coming(keys)
-            removed = self._pool.remove(keys)
-            self._lower.remove(keys)
+            with self._lower.passages.closed(keys):
+                self._forget_coming(keys)
+                removed = self._pool.remove(keys)
+                self._lower.remove(keys)
             return removed
 
     def clear(self) -> int:
@@ -280,9 +281,10 @@ class VCacheEngine:
         How many the pool had. Tiers know chunks by their keys only, which do not tell whose they are.
         """
         with self._gate.call():
-            self._forget_coming(None)
-            removed = self._pool.clear()
-            self._lower.clear()
+            with self._lower.passages.closed(None):
+                self._forget_coming(None)
+                removed = self._pool.clear()
+                self._lower.clear()
             return removed
 
     @property

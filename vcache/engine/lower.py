@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vcache.engine.lanes import PAST, Lanes
+from vcache.engine.passages import Passages
 from vcache.engine.stats import Counters
 from vcache.engine.tier_calls import Call, TierCalls
 from vcache.limits import TTL_MS_MAX
@@ -34,7 +35,7 @@ class LowerTiers:
     """Some tiers, the fastest first, perhaps none. Thread-safe; nothing that a tier raises leaves it.
 
     Tiers see host memory only: what lies on a GPU goes through pinned memory, on a lane of `lanes`.
-    deadline_s: of one call.
+    deadline_s: of one call. passages: of what is brought up from here.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class LowerTiers:
         self._calls = tuple(TierCalls(tier, counters, deadline_s) for tier in tiers)
         self._layout = layout
         self._lanes = lanes or Lanes()
+        self.passages = Passages()
 
     def __bool__(self) -> bool:
         return bool(self._calls)

@@ -11,6 +11,7 @@ import numpy as np
 
 from vcache.client import Reservation
 from vcache.engine.lower import Late, LowerTiers
+from vcache.engine.passages import Passage
 from vcache.engine.pool import Pool
 from vcache.engine.promotion import leave_lent, promote
 from vcache.engine.stats import Cause, Counters
@@ -32,7 +33,6 @@ class Prefetch:
         self._counters = counters
         self._wanted: OrderedDict[bytes, None] = OrderedDict()
         self._loading: frozenset[bytes] = frozenset()
-        self._void: set[bytes] = set()  # of those, what was forgotten meanwhile
         self._is_ending = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -59,17 +59,10 @@ class Prefetch:
             return True
 
     def forget(self, keys: Sequence[bytes] | None) -> None:
-        """Load these (None: any) no more; returns when none of them is being loaded, or after TIER_DRAIN_S:
-        what a slow tier brings then does not stay in the pool.
-        """
+        """Do not begin to load these (None: any). What is being loaded is stopped by `Passages.closed`."""
         with self._changed:
             for key in list(self._wanted) if keys is None else keys:
                 self._wanted.pop(key, None)
-            self._void |= self._loading if keys is None else self._loading.intersection(keys)
-            self._changed.wait_for(
-                lambda: not (self._loading if keys is None else self._loading.intersection(keys)),
-                TIER_DRAIN_S,
-            )
 
     def close(self) -> None:
         """Load no more; waits, bounded, for what is under way."""
@@ -94,7 +87,8 @@ class Prefetch:
                     keys.append(self._wanted.popitem(last=False)[0])
                 self._loading = frozenset(keys)
             try:
-                self._load(keys)
+                with self._lower.passages.opened(keys) as passage:
+                    self._load(keys, passage)
             except LocalStateError as error:  # the client was closed under us
                 _log.debug(Line("prefetch ended", reason=str(error)))
             except Exception as error:  # nobody waits for it: the thread has to outlive whatever it is
@@ -102,10 +96,9 @@ class Prefetch:
             finally:
                 with self._changed:
                     self._loading = frozenset()
-                    self._void.clear()
                     self._changed.notify_all()
 
-    def _load(self, keys: list[bytes]) -> None:
+    def _load(self, keys: list[bytes], passage: Passage) -> None:
         reservation = self._pool.reserve(keys)
         if reservation is None:
             return
@@ -113,31 +106,25 @@ class Prefetch:
         missing = missing[: len(reservation.extents)]
         found: list[Found] = []
         lent: list[int] = []
-        kept = 0
         try:
-            found, late = self._read(missing, reservation)
+            found, late = self._read(missing, reservation, passage)
             lent = [] if late is None else [len(found)]
-            kept = self._valid(missing[: len(found)])
         finally:
-            self._pool.abort(np.delete(reservation.extents, [*range(kept), *lent]))
-        sizes = [self._chunk_bytes] * kept
-        count = promote(self._pool, reservation, range(kept), missing[:kept], sizes, found[:kept])
-        if self._valid(missing[:kept]) < kept:  # forgotten since, by somebody who waits no longer
-            self._pool.remove(missing[:kept])
+            self._pool.abort(np.delete(reservation.extents, [*range(len(found)), *lent]))
+        sizes = [self._chunk_bytes] * len(found)
+        kept = range(len(found))
+        count = promote(self._pool, reservation, kept, missing[: len(found)], sizes, found, passage)
         self._counters.add(tier_prefetched_chunks=count)
 
-    def _valid(self, keys: Sequence[bytes]) -> int:
-        """How many of them come before the first that was forgotten."""
-        with self._changed:
-            return next((at for at, key in enumerate(keys) if key in self._void), len(keys))
-
-    def _read(self, keys: list[bytes], reservation: Reservation) -> tuple[list[Found], Late | None]:
+    def _read(
+        self, keys: list[bytes], reservation: Reservation, passage: Passage
+    ) -> tuple[list[Found], Late | None]:
         """Read leading chunks into the first extents, up to one that cannot be had or comes late."""
         found: list[Found] = []
         sizes = [self._chunk_bytes] * len(keys)
         with self._pool.borrowed(reservation.extents[: len(keys)], sizes, reservation.lineage) as views:
             for at, key in enumerate(keys):
-                if not self._valid([key]):
+                if not passage.is_open(key):
                     break
                 view = views[at]
                 answer = None if view is None else self._lower.get(key, view)

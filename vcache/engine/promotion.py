@@ -8,6 +8,7 @@ from itertools import groupby
 
 from vcache.client import Reservation
 from vcache.engine.lower import Late, ttl_left_ms
+from vcache.engine.passages import Passage
 from vcache.engine.pool import Pool
 from vcache.errors import LocalStateError
 from vcache.protocol import Outcome
@@ -21,19 +22,26 @@ def promote(
     keys: Sequence[bytes],
     sizes: Sequence[int],
     found: Sequence[Found],
+    passage: Passage,
 ) -> int:
-    """Commit chunks that were read into reserved extents, each with the time that it has left; how many."""
+    """Commit chunks that were read into reserved extents, each with the time that it has left; how many.
+
+    Those that were forgotten since the passage was opened are not: their extents are given back.
+    """
     promoted = 0
-    for ttl_ms, which in groupby(range(len(keys)), key=[ttl_left_ms(each) for each in found].__getitem__):
-        at = list(which)
-        outcomes = pool.commit(
-            reservation.extents[[extents[i] for i in at]],
-            [keys[i] for i in at],
-            [sizes[i] for i in at],
-            reservation.lineage,
-            ttl_ms=ttl_ms,
-        )
-        promoted += outcomes.count(Outcome.COMMITTED)
+    with passage.ending() as forgotten:
+        kept = [at for at, key in enumerate(keys) if key not in forgotten]
+        for ttl_ms, which in groupby(kept, key=lambda at: ttl_left_ms(found[at])):
+            at = list(which)
+            outcomes = pool.commit(
+                reservation.extents[[extents[i] for i in at]],
+                [keys[i] for i in at],
+                [sizes[i] for i in at],
+                reservation.lineage,
+                ttl_ms=ttl_ms,
+            )
+            promoted += outcomes.count(Outcome.COMMITTED)
+    pool.abort(reservation.extents[[extents[at] for at in range(len(keys)) if at not in kept]])
     return promoted
 
 

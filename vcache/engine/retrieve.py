@@ -16,6 +16,7 @@ from vcache.engine.copies import Copies
 from vcache.engine.lanes import PAST
 from vcache.engine.layerwise import Progress
 from vcache.engine.lower import Late, LowerTiers
+from vcache.engine.passages import Passage
 from vcache.engine.pool import Pool
 from vcache.engine.prefetch import Prefetch
 from vcache.engine.promotion import leave_lent, promote
@@ -190,6 +191,10 @@ class _FromTiers:
         if not self._lower:
             return 0
         transfer = transfer.part(0, TIER_LOAD_CHUNKS_MAX)
+        with self._lower.passages.opened(transfer.keys) as passage:
+            return self._run(transfer, passage)
+
+    def _run(self, transfer: Transfer, passage: Passage) -> int:
         flags = self._lower.contains(transfer.keys)
         transfer = transfer.part(0, flags.index(False) if False in flags else len(flags))
         if not len(transfer):
@@ -198,9 +203,9 @@ class _FromTiers:
         if reservation is None:
             own = [self._place(transfer, at, [], None) for at in range(len(transfer))]
             return len(self._scatter(transfer, own)[0])
-        return self._load_and_promote(transfer, reservation)
+        return self._load_and_promote(transfer, reservation, passage)
 
-    def _load_and_promote(self, transfer: Transfer, reservation: Reservation) -> int:
+    def _load_and_promote(self, transfer: Transfer, reservation: Reservation, passage: Passage) -> int:
         present = reservation.present
         # Chunks that the pool has are loaded from there, in the next turn: but the first it just failed to
         # give.
@@ -233,6 +238,7 @@ class _FromTiers:
                 [transfer.keys[at] for at in promoted],
                 [transfer.sizes[at] for at in promoted],
                 [found[at] for at in promoted],
+                passage,
             )
             self._counters.add(tier_promoted_chunks=count)
         return len(found)
