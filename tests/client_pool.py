@@ -75,6 +75,7 @@ class Pool:
         """The server under SIGSTOP."""
         assert self.server is not None
         self.server.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.server.pid, os.WSTOPPED | os.WNOWAIT)  # it sleeps before the block begins
         try:
             yield
         finally:

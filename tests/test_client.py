@@ -63,6 +63,34 @@ def test_one_client_stores_and_another_reads(pool: Pool) -> None:
     until(lambda: held(reader) == (0, 0), "everything was given back")
 
 
+def test_an_answer_is_waited_for_in_several_goes(pool: Pool) -> None:
+    client = pool.client(lends=4 * MIB)
+    store(client, [1, 2])
+    with pool.stopped():
+        asked = [client.begin_acquire([key(number)], layout=LAYOUT, pin=True) for number in (1, 2)]
+        assert [each.result(0.0) for each in asked] == [None, None]
+        assert asked[0].result(0.001) is None
+    grants = [each.result() for each in asked[::-1]]
+    assert [None if each is None else len(each.extents) for each in grants] == [1, 1]
+    for grant in grants:
+        assert grant is not None
+        client.release(grant)
+    assert client.counters["outstanding"] == 0
+    until(lambda: held(client) == (0, 0), "everything was given back")
+
+
+def test_what_is_granted_after_somebody_gave_up_comes_back(pool: Pool) -> None:
+    client = pool.client(lends=4 * MIB)
+    store(client, [1])
+    with pool.stopped():
+        asked = client.begin_acquire([key(1)], layout=LAYOUT, pin=True)
+        assert asked.result(0.001) is None
+        asked.give_up()
+        assert client.counters["outstanding"] == 0
+    assert read(client, [1]) == 1
+    until(lambda: held(client) == (0, 0), "everything was given back")
+
+
 def test_segment_of_a_peer_is_mapped_once_and_unmapped_when_it_goes(pool: Pool) -> None:
     holder, reader = pool.client("holder", lends=4 * MIB), pool.client("reader")
     store(holder, [1])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import TimeoutError as NotYet
+from contextlib import contextmanager
 from typing import Any
 
 from integration.vllm.captures import Captures, Tables
@@ -216,25 +217,34 @@ class SchedulerHalf:
             tracked.missed_at_s = time.monotonic()
             return False
         hashes = tuple(tracked.request.block_hashes[: end * self._groups.hashes_per_chunk])
-        tracked.search = self._searches.begin(Wanted(hashes, first, end, tracked.adapter))
+        wanted = Wanted(hashes, first, end, tracked.adapter)
+        with self._waiting():
+            tracked.search = self._searches.begin(wanted, self._patience_s)
         return True
 
     def _has_answer(self, tracked: Tracked) -> bool:
         """Take a search's answer; False if there is none yet."""
         assert tracked.search is not None
-        started_s = time.monotonic()
         try:
-            pinned = tracked.search.result(self._patience_s)
+            with self._waiting():
+                pinned = tracked.search.result(self._patience_s)
         except NotYet:
             return False
-        finally:  # one deadline for all requests of a step
-            self._patience_s = max(0.0, self._patience_s - (time.monotonic() - started_s))
         tracked.search = None
         if pinned.hit.end > pinned.hit.first:
             tracked.pinned = pinned
         else:
             tracked.missed_at_s = time.monotonic()
         return True
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """There is one deadline for all requests of a step."""
+        started_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self._patience_s = max(0.0, self._patience_s - (time.monotonic() - started_s))
 
     def _let_go(self, tracked: Tracked) -> None:
         self._fetches.leave(tracked)

@@ -1,8 +1,12 @@
-"""Finding a prefix in the pool and pinning it: by a thread, so that no answer is waited for long."""
+"""Finding a prefix in the pool and pinning it. Whoever asks waits himself for as long as he likes, since a
+thread's turn can cost as much time as the question; for what takes longer a thread waits.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +17,7 @@ from integration.vllm.groups import Groups
 from integration.vllm.hits import first_needed, longest_hit
 from integration.vllm.keys import ChunkKeys
 from integration.vllm.messages import Place
-from vcache.client import Client, Grant
+from vcache.client import Acquiring, Client, Grant
 from vcache.engine.stats import Cause, Counters
 from vcache.errors import LocalStateError, ServerError, Unavailable
 from vcache.limits import KEYS_PER_REQUEST_MAX
@@ -82,8 +86,44 @@ class Pinned:
             self._searches.give_back(grants)
 
 
+class _Question:
+    """What a search asks the pool, one request for each layout, and what it is granted."""
+
+    def __init__(self) -> None:
+        self.has_begun = False
+        self.slots: list[_Slot] = []
+        self.found: dict[bytes, tuple[Grant, list[bool]]] = {}
+        self._asked: dict[bytes, list[bytes]] = {}
+        self._open: dict[bytes, Acquiring] = {}
+
+    def begin(self, client: Client, slots: list[_Slot], asked: dict[bytes, list[bytes]]) -> None:
+        """Ask. Raises as `Client.acquire`."""
+        self.has_begun, self.slots, self._asked = True, slots, asked
+        for fingerprint, keys in asked.items():
+            self._open[fingerprint] = client.begin_acquire(keys, layout=fingerprint, pin=True, prefix=False)
+
+    def wait(self, within_s: float) -> bool:
+        """Whether all is answered by then. Raises as `Client.acquire`."""
+        until_s = time.monotonic() + within_s
+        while self._open:
+            fingerprint, acquiring = self._open.popitem()
+            grant = acquiring.result(max(0.0, until_s - time.monotonic()))
+            if grant is None:
+                self._open[fingerprint] = acquiring
+                return False
+            self.found[fingerprint] = grant, grant.flags or [False] * len(self._asked[fingerprint])
+        return True
+
+    def give_up(self) -> list[Grant]:
+        """Wait for nothing any more; what was granted, to be released."""
+        for acquiring in self._open.values():
+            acquiring.give_up()
+        self._open.clear()
+        return [grant for grant, _ in self.found.values()]
+
+
 class Searches:
-    """Asks the pool for prefixes, in threads of its own. Whatever goes wrong there is a miss, counted."""
+    """Asks the pool for prefixes. Whatever goes wrong there is a miss, counted."""
 
     def __init__(self, client: Client, groups: Groups, keys: ChunkKeys, counters: Counters) -> None:
         self._client = client
@@ -92,9 +132,21 @@ class Searches:
         self._counters = counters
         self._threads = ThreadPoolExecutor(_SEARCH_THREADS, thread_name_prefix="vcache-search")
 
-    def begin(self, wanted: Wanted) -> Future[Pinned]:
-        """Look for it; what the future gives has to be released."""
-        return self._threads.submit(self._search, wanted)
+    def begin(self, wanted: Wanted, within_s: float) -> Future[Pinned]:
+        """Look for it, in this thread for up to `within_s`, then in another one; what the future gives has to
+        be released.
+        """
+        question = _Question()
+        pinned = self._answer(wanted, question, within_s)
+        if pinned is None:
+            try:
+                return self._threads.submit(self._finish, wanted, question)
+            except RuntimeError:  # closed
+                question.give_up()
+                pinned = self.nothing(wanted.first)
+        done: Future[Pinned] = Future()
+        done.set_result(pinned)
+        return done
 
     def nothing(self, first: int) -> Pinned:
         """A hit of no length."""
@@ -111,41 +163,46 @@ class Searches:
         """Wait for what is under way."""
         self._threads.shutdown(wait=True)
 
-    def _search(self, wanted: Wanted) -> Pinned:
-        none = self.nothing(wanted.first)
-        grants: list[Grant] = []
+    def _finish(self, wanted: Wanted, question: _Question) -> Pinned:
+        pinned = self._answer(wanted, question, math.inf)
+        assert pinned is not None
+        return pinned
+
+    def _answer(self, wanted: Wanted, question: _Question, within_s: float) -> Pinned | None:
+        """What is there, pinned; None if it is not known after `within_s`, and may be asked again."""
         try:
-            return self._acquire(wanted, grants)
+            return self._longest(wanted, question) if self._is_answered(wanted, question, within_s) else None
         except Unavailable as error:
             self._counters.failed(Cause.NO_SERVER, error)
         except ServerError as error:
             self._counters.failed(Cause.REFUSED, error)
         except LocalStateError as error:
             _log.debug("search ended: %s", error)
-            return none
+            question.give_up()
+            return self.nothing(wanted.first)
         except Exception as error:  # of ours: a miss for vLLM
             _log.exception("a search failed")
             self._counters.failed(Cause.MALFORMED, repr(error))
-        self._release(grants)
-        return none
+        self.give_back(question.give_up())
+        return self.nothing(wanted.first)
 
-    def _acquire(self, wanted: Wanted, grants: list[Grant]) -> Pinned:
-        """Pin what is there, and give back what is not part of the longest hit."""
+    def _is_answered(self, wanted: Wanted, question: _Question, within_s: float) -> bool:
+        if not question.has_begun:
+            question.begin(self._client, *self._questions(wanted))
+        return question.wait(within_s)
+
+    def _longest(self, wanted: Wanted, question: _Question) -> Pinned:
+        """The longest hit; what is not part of it is given back."""
         count = wanted.end - wanted.first
-        slots, asked = self._questions(wanted)
-        found: dict[bytes, tuple[Grant, list[bool]]] = {}
-        for fingerprint, keys in asked.items():
-            grant = self._client.acquire(keys, layout=fingerprint, pin=True, prefix=False)
-            grants.append(grant)
-            found[fingerprint] = grant, grant.flags or [False] * len(keys)
         there = [[True] * count for _ in self._groups.groups]
-        for slot in slots:
-            flags = found[slot.fingerprint][1][slot.begin : slot.begin + count]
+        for slot in question.slots:
+            flags = question.found[slot.fingerprint][1][slot.begin : slot.begin + count]
             there[slot.group] = [a and b for a, b in zip(there[slot.group], flags, strict=True)]
         windows = [group.window_tokens for group in self._groups.groups]
         tokens = self._groups.chunk_tokens
-        end = longest_hit(there, windows, first=wanted.first, chunk_tokens=tokens)
-        return self._keep(wanted, end, slots, found, grants)
+        return self._keep(
+            wanted, longest_hit(there, windows, first=wanted.first, chunk_tokens=tokens), question
+        )
 
     def _questions(self, wanted: Wanted) -> tuple[list[_Slot], dict[bytes, list[bytes]]]:
         chunks = range(wanted.first, wanted.end)
@@ -163,13 +220,12 @@ class Searches:
         self,
         wanted: Wanted,
         end: int,
-        slots: list[_Slot],
-        found: dict[bytes, tuple[Grant, list[bool]]],
-        grants: list[Grant],
+        question: _Question,
     ) -> Pinned:
+        found, grants = question.found, [grant for grant, _ in question.found.values()]
         held: dict[tuple[Place, int], Extents] = {}
         kept = {fingerprint: np.zeros(len(grant.extents), bool) for fingerprint, (grant, _) in found.items()}
-        for slot in slots if end > wanted.first else ():
+        for slot in question.slots if end > wanted.first else ():
             grant, flags = found[slot.fingerprint]
             window = self._groups.groups[slot.group].window_tokens
             needed = first_needed(end, wanted.first, self._groups.chunk_tokens, window)

@@ -64,7 +64,7 @@ class Scheduling(SchedulerHalf):
         )
         self.saves: list[Save] = []
 
-    def _begin(self, wanted: Any) -> Future[Pinned]:
+    def _begin(self, wanted: Any, within_s: float) -> Future[Pinned]:
         """A search, answered at once: with the chunks that `answers` says next, else with nothing."""
         done: Future[Pinned] = Future()
         done.set_result(found(*(self.answers.pop(0) if self.answers else (wanted.first,))))

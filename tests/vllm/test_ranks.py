@@ -42,11 +42,16 @@ def test_a_hit_is_what_all_stages_have(machine: Machine, monkeypatch: pytest.Mon
         client.commit(reserved.extents, wanted, [size] * len(wanted), namespace=b"n" * 8)
 
     def hit(first: int = 0) -> tuple[int, list[list[int]]]:
-        pinned = searches.begin(Wanted(HASHES, first, 6, "")).result(30)
-        found = pinned.hit
-        chunks = [found.chunks(stage, 0) for stage in STAGES] if found.end > first else []
+        here, in_a_thread = (found(first, within_s) for within_s in (30.0, 0.0))
+        assert here == in_a_thread
+        return here
+
+    def found(first: int, within_s: float) -> tuple[int, list[list[int]]]:
+        pinned = searches.begin(Wanted(HASHES, first, 6, ""), within_s).result(30)
+        end = pinned.hit.end
+        chunks = [pinned.hit.chunks(stage, 0) for stage in STAGES] if end > first else []
         pinned.release()
-        return found.end, chunks
+        return end, chunks
 
     store(STAGES[0], range(6))
     assert hit() == (0, [])

@@ -5,5 +5,6 @@ from __future__ import annotations
 from vcache.client.client import Client
 from vcache.client.grants import Grant, Reservation
 from vcache.client.moving import Move
+from vcache.client.reading import Acquiring
 
-__all__ = ["Client", "Grant", "Move", "Reservation"]
+__all__ = ["Acquiring", "Client", "Grant", "Move", "Reservation"]

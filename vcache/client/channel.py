@@ -7,7 +7,6 @@ carried out once.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from dataclasses import dataclass, field
@@ -20,15 +19,12 @@ from vcache.limits import CHANNELS_IDLE_MAX, FRAME_BYTES_MAX, REQUEST_SENDS_MAX,
 from vcache.protocol import Reply, Request, decode_answer, decode_reply, encode_request
 from vcache.table import TableReader
 
-_log = logging.getLogger(__name__)
-
 
 class Channel:
     """One DEALER socket. After an exception it is not used again."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, timeout_ms: int) -> None:
-        self._timeout_s = timeout_ms / 1e3
-        self._slice_ms = min(REQUEST_SLICE_MS, timeout_ms)
+        self._slice_ms = self._patience_ms = min(REQUEST_SLICE_MS, timeout_ms)
         self.socket = socket = context.socket(zmq.DEALER)
         socket.linger = 0
         socket.immediate = 1  # a request never waits in a queue for a server that is not there
@@ -50,52 +46,90 @@ class Channel:
             self.socket.send(frame, zmq.NOBLOCK)
         return True
 
-    def exchange(self, frame: bytes, rid: int, connection: Connection) -> msgspec.Raw:
-        """Send a request and return the body of its answer.
-
-        Raises Unavailable after the timeout, or soon after the connection has ended; RemoteProtocolError.
-        """
-        started = time.monotonic()
+    def receive(self, within_ms: int) -> bytes | None:
+        """The next message; None if there is none in time."""
+        if within_ms != self._patience_ms:
+            self.socket.rcvtimeo = self._patience_ms = within_ms
         try:
-            self.socket.send(frame, zmq.NOBLOCK)
-        except zmq.Again:  # a new channel takes a moment to connect
-            return self._persist(frame, rid, connection, started, started)
-        try:
-            answer = decode_answer(self.socket.recv())
-            if answer.rid == rid:
-                return answer.body
+            return self.socket.recv()
         except zmq.Again:
-            _log.debug("request %d takes longer than %d ms", rid, self._slice_ms)
-        return self._persist(frame, rid, connection, started, started + self._timeout_s / REQUEST_SENDS_MAX)
+            return None
 
-    def _persist(
-        self, frame: bytes, rid: int, connection: Connection, started: float, send_at: float
-    ) -> msgspec.Raw:
-        """Wait in slices, looking after each whether it still makes sense, and send again now and then."""
-        deadline = started + self._timeout_s
-        socket = self.socket
+
+class Asked:
+    """A request that was sent, whose answer may be waited for in several goes. Used by one thread at a time.
+
+    Whoever does not wait for the answer, nor for an exception, gives up.
+    """
+
+    def __init__(self, connection: Connection, channel: Channel, frame: bytes, rid: int) -> None:
+        self._connection = connection
+        self._channel = channel
+        self._frame = frame
+        self._rid = rid
+        self._slice_ms = min(REQUEST_SLICE_MS, connection.timeout_ms)
+        self._again_s = connection.timeout_ms / 1e3 / REQUEST_SENDS_MAX
+        self._deadline_s = time.monotonic() + connection.timeout_ms / 1e3
+        self._send_at_s = 0.0
+        try:
+            self._send()
+        except BaseException:
+            channel.close()
+            raise
+
+    def reply(self, within_s: float = math.inf) -> Reply | None:
+        """The answer; None if it has not come after `within_s`.
+
+        Raises Unavailable after the request's own timeout, or soon after the connection has ended;
+        RemoteProtocolError. After an exception there is no answer any more.
+        """
+        try:
+            body = self._body(time.monotonic() + within_s)
+        except zmq.ZMQError as error:
+            self.give_up()
+            raise Unavailable(f"the channel to the metadata server failed: {error}") from error
+        except BaseException:
+            self.give_up()
+            raise
+        if body is None:
+            return None
+        self._connection.give(self._channel)
+        return decode_reply(body)
+
+    def give_up(self) -> None:
+        """Wait for no answer any more."""
+        self._channel.close()
+
+    def _body(self, until_s: float) -> msgspec.Raw | None:
+        """Wait in slices, looking before each whether it still makes sense, and send again now and then."""
         while True:
-            now = time.monotonic()
-            if connection.ended:
+            now_s = time.monotonic()
+            if self._connection.ended:
                 raise Unavailable("the connection to the metadata server was lost")
-            if now >= deadline:
-                raise Unavailable(f"the metadata server did not answer within {self._timeout_s * 1e3:.0f} ms")
-            wait_ms = min(self._slice_ms, math.ceil((deadline - now) * 1e3))
-            if now >= send_at:
-                try:
-                    socket.send(frame, zmq.NOBLOCK)
-                except zmq.Again:
-                    socket.poll(wait_ms, zmq.POLLOUT)
-                    continue
-                send_at = now + self._timeout_s / REQUEST_SENDS_MAX
-            socket.rcvtimeo = wait_ms
-            try:
-                answer = decode_answer(socket.recv())
-            except zmq.Again:
+            if now_s >= self._deadline_s:
+                timeout_ms = self._connection.timeout_ms
+                raise Unavailable(f"the metadata server did not answer within {timeout_ms} ms")
+            left_s = min(self._deadline_s, until_s) - now_s
+            if left_s <= 0:
+                return None
+            wait_ms = self._slice_ms if left_s * 1e3 >= self._slice_ms else math.ceil(left_s * 1e3)
+            if now_s >= self._send_at_s and not self._send():
+                self._channel.socket.poll(wait_ms, zmq.POLLOUT)
                 continue
-            if answer.rid == rid:
-                socket.rcvtimeo = self._slice_ms
-                return answer.body
+            message = self._channel.receive(wait_ms)
+            if message is not None:
+                answer = decode_answer(message)
+                if answer.rid == self._rid:
+                    return answer.body
+
+    def _send(self) -> bool:
+        """False while the channel takes nothing: a new one takes a moment to connect."""
+        try:
+            self._channel.socket.send(self._frame, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        self._send_at_s = time.monotonic() + self._again_s
+        return True
 
 
 @dataclass(eq=False)
@@ -122,20 +156,14 @@ class Connection:
     ended: bool = False
     _idle: list[Channel] = field(default_factory=list)
 
-    def ask(self, request: Request, rid: int) -> Reply:
-        """Make a request and wait for its answer. Raises Unavailable, RemoteProtocolError."""
+    def begin(self, request: Request, rid: int) -> Asked:
+        """Make a request. Raises Unavailable."""
         frame = encode_request(request, rid=rid, session=self.session, token=self.token, epoch=self.epoch)
         channel = self._take()
         try:
-            body = channel.exchange(frame, rid, self)
+            return Asked(self, channel, frame, rid)
         except zmq.ZMQError as error:
-            channel.close()
             raise Unavailable(f"the channel to the metadata server failed: {error}") from error
-        except BaseException:
-            channel.close()
-            raise
-        self._give(channel)
-        return decode_reply(body)
 
     def tell(self, request: Request, rid: int) -> bool:
         """Send a request that is not answered; False if it cannot be sent. Raises Unavailable."""
@@ -146,7 +174,7 @@ class Connection:
         except zmq.ZMQError:
             channel.close()
             return False
-        self._give(channel)
+        self.give(channel)
         return sent
 
     def new_channel(self) -> Channel:
@@ -171,7 +199,8 @@ class Connection:
         except IndexError:
             return self.new_channel()
 
-    def _give(self, channel: Channel) -> None:
+    def give(self, channel: Channel) -> None:
+        """Keep a channel for the next request."""
         if len(self._idle) >= CHANNELS_IDLE_MAX:
             channel.close()
             return

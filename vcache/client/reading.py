@@ -4,6 +4,7 @@ count.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -12,6 +13,49 @@ from vcache.client.requests import CONNECTION_LOST, Requests, checked_layout, pa
 from vcache.client.segments import Segments
 from vcache.errors import RemoteProtocolError, Unavailable
 from vcache.protocol import Acquire, Acquired, Contains, Extents, Found, Lookup, Release
+
+
+class Acquiring:
+    """A right to read that was asked for. Used by one thread at a time; whoever takes no result gives up."""
+
+    def __init__(self, requests: Requests, request: Acquire) -> None:
+        self._requests = requests
+        self._request = request
+        self._connection = connection = requests.connection()
+        self._started_s = time.monotonic()
+        self._rid = requests.ledger.begin(connection.line)
+        try:
+            self._asked = requests.send(connection, request, self._rid)
+        except BaseException:
+            requests.ledger.finish(self._rid)
+            raise
+
+    def result(self, within_s: float = math.inf) -> Grant | None:
+        """What was granted; None if it has not come after `within_s`, and may be waited for again.
+
+        Raises as `Client.acquire`; there is nothing to be waited for then.
+        """
+        requests, connection, rid = self._requests, self._connection, self._rid
+        is_settled = True
+        try:
+            reply = requests.settle(connection, self._asked, self._request, Acquired, within_s)
+            if reply is None:
+                is_settled = False
+                return None
+            grant = read_acquired(reply, connection, self._request, rid, self._started_s)
+            if self._request.pin and not requests.ledger.book_pin(rid, handles_of(grant.extents)):
+                raise Unavailable(CONNECTION_LOST)
+            return grant
+        except RemoteProtocolError as error:
+            requests.malformed(error)
+        finally:
+            if is_settled:
+                requests.ledger.finish(rid)
+
+    def give_up(self) -> None:
+        """Take nothing: what is granted all the same comes back by itself."""
+        self._asked.give_up()
+        self._requests.ledger.finish(self._rid)
 
 
 class Reading:
@@ -47,20 +91,16 @@ class Reading:
 
         pin: a right without a deadline. near: the segment to prefer among replicas. Ends by `release`.
         """
+        grant = self.begin_acquire(keys, layout=layout, pin=pin, prefix=prefix, near=near).result()
+        assert grant is not None
+        return grant
+
+    def begin_acquire(
+        self, keys: Sequence[bytes], *, layout: bytes, pin: bool = False, prefix: bool = True, near: int = 0
+    ) -> Acquiring:
+        """As `acquire`, to be waited for later; raises what stands against asking now."""
         request = Acquire(packed_keys(keys), checked_layout(layout), pin, prefix, near)
-        connection = self._requests.connection()
-        started_s = time.monotonic()
-        rid = self._requests.ledger.begin(connection.line)
-        try:
-            reply = self._requests.exchange(connection, request, rid, Acquired)
-            grant = read_acquired(reply, connection, request, rid, started_s)
-            if pin and not self._requests.ledger.book_pin(rid, handles_of(grant.extents)):
-                raise Unavailable(CONNECTION_LOST)
-            return grant
-        except RemoteProtocolError as error:
-            self._requests.malformed(error)
-        finally:
-            self._requests.ledger.finish(rid)
+        return Acquiring(self._requests, request)
 
     def adopt(self, extents: bytes, lineage: int) -> Grant:
         """A grant that another process of this machine was given and holds: to read under it and ask the

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Final, NoReturn, TypeVar
 
 from vcache.client.breaker import Breaker
-from vcache.client.channel import Connection
+from vcache.client.channel import Asked, Connection
 from vcache.client.ledger import Ledger
 from vcache.errors import ArgumentError, RemoteProtocolError, ServerError, Unavailable
 from vcache.limits import FINGERPRINT_BYTES, KEY_BYTES, KEYS_PER_REQUEST_MAX
@@ -64,13 +65,33 @@ class Requests:
         """Send a request that has begun and return its answer. Raises Unavailable, ServerError,
         RemoteProtocolError.
         """
+        reply = self.settle(connection, self.send(connection, request, rid), request, kind)
+        assert reply is not None
+        return reply
+
+    def send(self, connection: Connection, request: Request, rid: int) -> Asked:
+        """Send a request that has begun. Raises Unavailable."""
         try:
-            reply = connection.ask(request, rid)
+            return connection.begin(request, rid)
         except Unavailable as error:
-            self.counters["requests_unanswered"] += 1
-            self.breaker.trip(connection, str(error))
+            self._unanswered(connection, error)
             raise
-        if type(reply) is kind:
+
+    def settle(
+        self,
+        connection: Connection,
+        asked: Asked,
+        request: Request,
+        kind: type[R],
+        within_s: float = math.inf,
+    ) -> R | None:
+        """The answer to what was sent; None if it has not come after `within_s`. Raises as `exchange`."""
+        try:
+            reply = asked.reply(within_s)
+        except Unavailable as error:
+            self._unanswered(connection, error)
+            raise
+        if reply is None or type(reply) is kind:
             return reply
         if not isinstance(reply, Error):
             raise RemoteProtocolError(f"got {type(reply).__name__} in answer to {type(request).__name__}")
@@ -81,6 +102,10 @@ class Requests:
             )
             raise Unavailable(reply.message)
         raise ServerError(reply.code, reply.message)
+
+    def _unanswered(self, connection: Connection, error: Unavailable) -> None:
+        self.counters["requests_unanswered"] += 1
+        self.breaker.trip(connection, str(error))
 
     def malformed(self, error: RemoteProtocolError) -> NoReturn:
         """Count and log an answer that cannot be so; for the caller it is no answer."""
