@@ -35,7 +35,8 @@ class Moving(Room):
             if not self._is(index, offer.generation, State.COMMITTED):
                 del self._offers[index]
             elif self._whose(index, offer) == (0 if ask.below else mine.session):
-                target = None if ask.below else self._target(index, offer, full, now_ns)
+                keep = {index, *sources}  # not pinned yet: that is for all of them at once
+                target = None if ask.below else self._target(index, offer, keep, full, now_ns)
                 if ask.below or target is not None:
                     del self._offers[index]
                     self._copies[index] = Copy(mine.session, rid, now_ns, offer.up)
@@ -52,10 +53,13 @@ class Moving(Room):
         room = self.allocator.rooms.get(offer.up)
         return 0 if room is None else room.session
 
-    def _target(self, index: int, offer: Offer, full: set[tuple[int, int]], now_ns: int) -> int | None:
+    def _target(
+        self, index: int, offer: Offer, keep: set[int], full: set[tuple[int, int]], now_ns: int
+    ) -> int | None:
         """A free extent to copy to; None: there is none now, and the offer waits, or it is given up.
 
-        full: ranks and sizes where others wait already: to look for room once tells for all.
+        keep: what no room may be made of. full: ranks and sizes where others wait already: to look for room
+        once tells for all.
         """
         rank = self.allocator.rank_of(index)
         size = self.allocator.slab_of(index).size
@@ -64,7 +68,7 @@ class Moving(Room):
         if (to, size) in full:
             return None
         near = offer.up or self.allocator.nearest(index, to)
-        taken, coming = self._allocate_in(to, 1, size, near, {index}, now_ns, patient=True)
+        taken, coming = self._allocate_in(to, 1, size, near, keep, now_ns, patient=True)
         if not offer.up:
             self._look_ahead(to, 1, size, now_ns)
         if taken:

@@ -338,6 +338,24 @@ def test_what_is_up_already_is_not_offered_up_again_to_who_is_near_its_copy(pool
     assert not pool.directory.called and offers(pool, HOLDER) == []
 
 
+def test_no_source_is_given_up_for_a_target_of_the_same_request(pool: Pool) -> None:
+    """Else its copier reads an extent that another copy of its is written to."""
+    offers(pool, HOLDER)
+    pool.store(ENGINE, 10, size=2 * CHUNK, form=2)
+    patient(pool, 1, 2, 3, 4)
+    (down,) = offers(pool, HOLDER)
+    assert moved(pool, down)
+    granted, _ = patient(pool, 1, 2, 3, 4)
+    pool.commit(ENGINE, granted, 1, 2, 3, 4)
+    patient(pool, 5, 6, 7, 8)  # all four are offered down
+    pool.acquire(READER, 10, form=2)  # and this one up, which needs room of another size
+    moves = offers(pool, HOLDER)
+    assert sorted(move.key for move in moves) == [key(1), key(2), key(3), key(4)]
+    assert pool.there(1, 2, 3, 4) == [1, 2, 3, 4]
+    assert all(moved(pool, move) for move in moves)
+    assert pool.there(1, 2, 3, 4) == [1, 2, 3, 4] and pool.there(10, form=2) == [10]
+
+
 def test_two_replicas_do_not_go_at_once(tmp_path: Path) -> None:
     pool = Pool(tmp_path / "table", segments=(2 * CHUNK, 2 * CHUNK))
     for segment in pool.segments:
