@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from tests.cli_pool import environment, vcache
 from vcache import logs
 from vcache.cli import bench, main, present
 from vcache.cli.command import COMMANDS
-from vcache.cli.top import Look, rates
+from vcache.cli.top import Look, interruptible, rates
 from vcache.protocol import Statistics
 
 
@@ -280,3 +281,16 @@ def test_no_chunks_wanted_is_no_hit_rate() -> None:
 @pytest.mark.parametrize("after", [look(2.0, pid=2.0), look(12.0, uptime_s=1.0), look(10.0)])
 def test_a_restarted_server_gives_no_rates(after: Look) -> None:
     assert rates(look(10.0), after) is None
+
+
+def test_an_interrupt_is_heard_wherever_it_comes_up() -> None:
+    class Dropped:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)  # as an exception it would end here
+
+    handler = signal.getsignal(signal.SIGINT)
+    with interruptible() as interrupted_within:
+        assert not interrupted_within(0)
+        Dropped()
+        assert interrupted_within(60)
+    assert signal.getsignal(signal.SIGINT) is handler

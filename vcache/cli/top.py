@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from vcache.cli import pool_tables, present
@@ -129,19 +133,40 @@ def _live(client: Client, interval_s: float, where: str) -> None:
     before = _look(client)
     console = present.console()
     first = _frame(before.statistics, None, where)
+    with (
+        interruptible() as interrupted_within,
+        Live(first, console=console, screen=console.is_terminal, auto_refresh=False) as live,
+    ):
+        while not interrupted_within(interval_s):
+            try:
+                after = _look(client)
+            except Unavailable as error:
+                live.update(present.lines(f"waiting for the metadata server: {error}"), refresh=True)
+                continue
+            live.update(_frame(after.statistics, rates(before, after), where), refresh=True)
+            before = after
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[float], bool]]:
+    """A wait of so many seconds that says whether somebody pressed Ctrl-C, before it or meanwhile.
+
+    As an exception it may come up in a destructor or a callback, where Python drops exceptions, and is lost.
+    """
+    pressed: SimpleQueue[None] = SimpleQueue()  # its put may interrupt its get, which an Event's set may not
+
+    def within(seconds: float) -> bool:
+        try:
+            pressed.get(timeout=seconds)
+        except Empty:
+            return False
+        return True
+
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.put(None))
     try:
-        with Live(first, console=console, screen=console.is_terminal, auto_refresh=False) as live:
-            while True:
-                time.sleep(interval_s)
-                try:
-                    after = _look(client)
-                except Unavailable as error:
-                    live.update(present.lines(f"waiting for the metadata server: {error}"), refresh=True)
-                    continue
-                live.update(_frame(after.statistics, rates(before, after), where), refresh=True)
-                before = after
-    except KeyboardInterrupt:  # that is how people end it
-        return
+        yield within
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _frame(statistics: Statistics, rate: Rates | None, where: str) -> RenderableType:
