@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias, TypeVar
@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from vcache.client import Client
 from vcache.config import Config
 from vcache.engine.arguments import (
     Transfer,
@@ -26,13 +27,11 @@ from vcache.engine.lending import Lending
 from vcache.engine.lookup import Location, Lookup
 from vcache.engine.lower import LowerTiers
 from vcache.engine.pool import Pool
-from vcache.engine.prefetch import Prefetch
 from vcache.engine.retrieve import Retrieve
 from vcache.engine.stats import Cause, Counters
 from vcache.engine.store import Store
-from vcache.engine.tier_queue import TierQueues
+from vcache.engine.tier_work import TierWork
 from vcache.engine.transfers import Transfers
-from vcache.engine.write_back import WriteBack
 from vcache.kernels import LaunchOptions
 from vcache.keys import KeyChain, Tokens
 from vcache.layout import KVLayout
@@ -86,37 +85,33 @@ class VCacheEngine:
         self._layout = layout
         self._gate = Gate(name)
         self._counters = Counters()
-        self._own_tiers = make_tiers(config) if tiers is None else []
-        tiers = self._own_tiers if tiers is None else tiers
-        self._lending: Lending | None = None
-        try:
-            self._lending = Lending(config)
-            self._client = self._lending.client(name)
-        except BaseException:
-            self._let_go()
-            raise
-        pool = Pool(self._client, self._counters, layout, model, config.device)
-        deadline_s = config.tiers.deadline_ms / 1e3
-        self._lower = LowerTiers(tiers, layout.fingerprint, self._counters, deadline_s=deadline_s)
-        copies = Copies(self._counters, LaunchOptions(config.engine.sm_limit), loads=loads)
-        self._pool = pool
-        self._queue: TierQueues | None = None
-        self._write_back: WriteBack | None = None
-        self._prefetch: Prefetch | None = None
-        if tiers:
-            chunks, ttl_s = config.engine.tier_queue_chunks, config.server.default_ttl_s
-            self._queue = TierQueues(pool, self._lower, chunks, self._counters, ttl_s=ttl_s)
-            if config.tiers.policy == "write-back":
-                self._write_back = WriteBack(self._client, self._queue)
-            if config.tiers.prefetch:
-                self._prefetch = Prefetch(pool, self._lower, layout.chunk_bytes, self._counters)
-        self._lookup = Lookup(pool, self._lower, self._prefetch)
-        through = self._queue if self._write_back is None else None
-        self._store = Store(pool, copies, through, self._counters)
-        self._retrieve = Retrieve(pool, copies, self._lower, self._counters, self._prefetch)
         self._operations = Operations()
-        if config.server.autostart or _session_path(config).exists():
-            self._client.wait_connected(config.client.connect_timeout_ms / 1e3)
+        with ExitStack() as undo:
+            self._own_tiers = make_tiers(config) if tiers is None else []
+            for tier in self._own_tiers:
+                undo.callback(tier.close)
+            self._client = _joined(config, name, undo)
+            self._pool = Pool(self._client, self._counters, layout, model, config.device)
+            self._make_parts(self._own_tiers if tiers is None else tiers, config, loads, undo)
+            if config.server.autostart or _session_path(config).exists():
+                self._client.wait_connected(config.client.connect_timeout_ms / 1e3)
+            self._left = undo.pop_all()
+
+    def _make_parts(self, tiers: Sequence[Tier], config: Config, loads: Lanes, undo: ExitStack) -> None:
+        """Make what works on the pool and the tiers; what has threads is in `undo` once it is made."""
+        pool, counters = self._pool, self._counters
+        deadline_s = config.tiers.deadline_ms / 1e3
+        self._lower = LowerTiers(tiers, self._layout.fingerprint, counters, deadline_s=deadline_s)
+        undo.callback(self._lower.close)
+        self._tier_work = TierWork(
+            self._client, pool, self._lower, counters, config=config, chunk_bytes=self._layout.chunk_bytes
+        )
+        undo.callback(self._tier_work.close)
+        copies = Copies(counters, LaunchOptions(config.engine.sm_limit), loads=loads)
+        prefetch = self._tier_work.prefetch
+        self._lookup = Lookup(pool, self._lower, prefetch)
+        self._store = Store(pool, copies, self._tier_work.stored_to, counters)
+        self._retrieve = Retrieve(pool, copies, self._lower, counters, prefetch)
 
     def register(self, kvcaches: KVCaches) -> None:
         """Make now what the first copy of these tensors would have to make: on a GPU, compiled kernels.
@@ -270,7 +265,7 @@ class VCacheEngine:
             if not keys:
                 return 0
             with self._lower.passages.closed(keys):
-                self._forget_coming(keys)
+                self._tier_work.forget(keys)
                 removed = self._pool.remove(keys)
                 self._lower.remove(keys)
             return removed
@@ -282,7 +277,7 @@ class VCacheEngine:
         """
         with self._gate.call():
             with self._lower.passages.closed(None):
-                self._forget_coming(None)
+                self._tier_work.forget(None)
                 removed = self._pool.clear()
                 self._lower.clear()
             return removed
@@ -306,7 +301,7 @@ class VCacheEngine:
     def flush_tiers(self, timeout_s: float) -> bool:
         """Wait until all that was stored is written to the lower tiers, too; whether it is."""
         with self._gate.call():
-            return self._queue is None or self._queue.flush(timeout_s)
+            return self._tier_work.flush(timeout_s)
 
     def get_stats(self) -> dict[str, int | float | str]:
         """What happened so far: calls, chunks, tokens, bytes, seconds, failures by cause, client counters.
@@ -319,7 +314,7 @@ class VCacheEngine:
                 **{f"client_{name}": count for name, count in self._client.counters.items()},
                 "connected": int(self._client.connected),
                 "own_segment": self._client.own_segment,
-                "tier_waiting_chunks": self._queue.chunks if self._queue is not None else 0,
+                "tier_waiting_chunks": self._tier_work.waiting_chunks,
                 "layout": self._layout.fingerprint.hex(),
             }
 
@@ -331,15 +326,7 @@ class VCacheEngine:
         if self._gate.forked or not self._gate.close():
             return
         self._operations.close()
-        if self._prefetch is not None:
-            self._prefetch.close()
-        if self._write_back is not None:
-            self._write_back.close()
-        if self._queue is not None:
-            self._queue.close()
-        self._lower.close()
-        self._client.close()
-        self._let_go()
+        self._left.close()
         self._transfers.forget()
 
     def __enter__(self) -> VCacheEngine:
@@ -354,19 +341,6 @@ class VCacheEngine:
         self.close()
 
     # -- inside
-
-    def _forget_coming(self, keys: Sequence[bytes] | None) -> None:
-        """Stop chunks on their way between pool and tiers: they would come back after they were forgotten."""
-        if self._prefetch is not None:
-            self._prefetch.forget(keys)
-        if self._queue is not None:
-            self._queue.forget(keys)
-
-    def _let_go(self) -> None:
-        for tier in self._own_tiers:
-            tier.close()
-        if self._lending is not None:
-            self._lending.close()
 
     def _to_store(self, tokens: Any, mask: Any, kvcaches: Any, slot_mapping: Any, offset: Any) -> Transfer:
         self._transfers.require_form("tokens", "store_pages")
@@ -414,6 +388,15 @@ class VCacheEngine:
             Cause.ASYNC_LIMIT, "too many operations are under way to store more", chunks=chunks
         )
         return finished(0)
+
+
+def _joined(config: Config, name: str, undo: ExitStack) -> Client:
+    """A session that lends what is configured; its end is in `undo`."""
+    lending = Lending(config)
+    undo.callback(lending.close)
+    client = lending.client(name)
+    undo.callback(client.close)
+    return client
 
 
 def _session_path(config: Config) -> Path:
