@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from vcache.engine.arguments import checked_ids, masked_tokens
 from vcache.errors import ArgumentError, ConfigError, EngineClosed, ForkedProcess, SegmentError
 from vcache.layout import KVLayout
 from vcache.limits import SEGMENT_BYTES_MIN
+from vcache.tiers import MemoryTier
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_size=4, dtype="float32", chunk_tokens=4)
 PAGES = KVLayout(
@@ -230,6 +232,27 @@ def test_a_wrong_argument_of_the_constructor_is_named(
 def test_a_wrong_override_is_an_error_of_the_configuration(runtime_dir: Path) -> None:
     with pytest.raises(ConfigError, match="chunk_size"):
         alone(runtime_dir, chunk_size=5)
+
+
+class _FailsLate(MemoryTier):
+    """A tier that works until there is a client, whose threads run."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 20)
+        self._threads = threading.active_count()
+
+    @property
+    def name(self) -> str:
+        if threading.active_count() > self._threads:
+            raise ZeroDivisionError
+        return "late"
+
+
+def test_an_engine_that_cannot_be_made_leaves_nothing(runtime_dir: Path) -> None:
+    before = set(threading.enumerate())
+    with pytest.raises(ZeroDivisionError):
+        alone(runtime_dir, tiers=[_FailsLate()])
+    assert set(threading.enumerate()) <= before
 
 
 def test_the_smallest_segment_that_may_be_configured_can_be_lent(runtime_dir: Path) -> None:
