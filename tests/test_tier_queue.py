@@ -92,6 +92,19 @@ def test_what_is_forgotten_before_it_is_pinned_is_not_written(pool: SlowPool, ti
     queue.close()
 
 
+def test_only_what_is_on_its_way_is_remembered_as_forgotten(pool: SlowPool, tier: MemoryTier) -> None:
+    queue = queue_of(pool, tier)
+    queue.accept(KEYS[:2])
+    assert pool.asked.wait(DEADLINE_S)
+    queue.forget([KEYS[0], KEYS[2]])  # of which nobody has ever heard of the last
+    assert queue._forgotten == {KEYS[0]}
+    pool.go.set()
+    assert queue.flush(DEADLINE_S)
+    assert not queue._forgotten
+    assert tier.contains(KEYS) == [False, True, False]
+    queue.close()
+
+
 def test_what_is_pinned_after_the_end_is_given_back(
     client: Client, pool: SlowPool, tier: MemoryTier, monkeypatch: pytest.MonkeyPatch
 ) -> None:

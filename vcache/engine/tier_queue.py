@@ -165,10 +165,12 @@ class TierQueue:
     def forget(self, keys: Sequence[bytes] | None) -> None:
         """See to it that these chunks (None: all that are on their way) are not in the tier in the end."""
         with self._changed:
-            if self._chunks:
-                coming = [key for each in self._waiting for key in each.keys] + self._writing
-                coming += [key for accepted in self._pinning for key in accepted]
-                self._forgotten.update(coming if keys is None else keys)
+            coming = self._coming()
+            self._forgotten |= coming if keys is None else coming.intersection(keys)
+
+    def _coming(self) -> set[bytes]:
+        """Chunks that are being pinned, wait, or are being written. To be called under the lock."""
+        return {key for each in self._waiting for key in each.keys}.union(self._writing, *self._pinning)
 
     def give_up_saving(self) -> None:
         """If the tier hangs: end what was taken for it and waits; there may be others that do not hang."""
@@ -246,8 +248,8 @@ class TierQueue:
                 with self._changed:
                     self._chunks -= len(waiting.keys)
                     self._writing = []
-                    if not self._chunks:
-                        self._forgotten.clear()
+                    if self._forgotten:
+                        self._forgotten &= self._coming()
                     self._changed.notify_all()
 
     def _write(self, waiting: _Waiting) -> _Kept:

@@ -129,7 +129,8 @@ def program(name: str) -> Path:
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
-        raise ConfigError(f"{name}: not there; it comes with Mooncake: pip install 'vcache[mooncake]'")
+        how = "pip install -e '.[mooncake]' in VCache's clone"
+        raise ConfigError(f"{name}: not there; it comes with Mooncake: {how}")
     return Path(found)
 
 
