@@ -70,6 +70,6 @@ def _require(tier: str, *modules: str, extra: str) -> None:
         except ImportError as error:
             raise ConfigError(
                 f"tiers.order: {tier!r} needs {module.partition('.')[0]}, which is not to be had ({error}); "
-                f"install it: pip install -e '.[{extra}]' in VCache's clone (docs/tiers.md says which wheel and "
-                "packages)"
+                f"install it: pip install -e '.[{extra}]' in VCache's clone (docs/tiers.md says which wheel "
+                "and packages)"
             ) from error
