@@ -68,14 +68,15 @@ class Door:
     def still_ours(self) -> bool:
         """Whether our socket is where we put it, and nobody's is where it belongs when it is closed."""
         if self._is_open:
-            return _inode_of(self._path) == self._inode
-        return _inode_of(self._path_closed) == self._inode and _inode_of(self._path) is None
+            return inode_of(self._path) == self._inode
+        return inode_of(self._path_closed) == self._inode and inode_of(self._path) is None
 
 
-def _inode_of(path: Path) -> int | None:
+def inode_of(path: Path) -> int | None:
+    """The file that a path leads to; None if to none, or none that we can get at."""
     try:
         return path.stat().st_ino
-    except FileNotFoundError:
+    except OSError:
         return None
 
 

@@ -18,14 +18,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import zmq
 
 from metadata_server import doorbell
 from metadata_server.connection import Connection
-from metadata_server.connections import Door, allow_descriptors
+from metadata_server.connections import Door, allow_descriptors, inode_of
 from metadata_server.directory import Directory, Policy
 from metadata_server.errors import ServerConflict
 from metadata_server.recovery import restore
@@ -224,7 +223,7 @@ class Server:
             self._requests.draining = True
         self._door.tick()
         ours = self._lock.still_ours() and self._door.still_ours()
-        if not ours or not _is_inode(self._runtime.session_path, self._session_inode):
+        if not ours or inode_of(self._runtime.session_path) != self._session_inode:
             log.error(
                 Line(
                     "the lock or a socket of this server was taken away: ending",
@@ -250,13 +249,6 @@ class Server:
             os.close(fd)
         self._table.close()
         self._lock.release()
-
-
-def _is_inode(path: Path, inode: int) -> bool:
-    try:
-        return path.stat().st_ino == inode
-    except FileNotFoundError:
-        return False
 
 
 def _take_lock(runtime: RuntimeDir) -> OwnerLock:

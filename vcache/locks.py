@@ -143,9 +143,10 @@ def _identity(found: os.stat_result) -> tuple[int, int]:
 
 
 def _identity_of(path: Path) -> tuple[int, int] | None:
+    """None if no file is there, or none that we can get at."""
     try:
         return _identity(os.stat(path))
-    except FileNotFoundError:
+    except OSError:
         return None
 
 

@@ -101,9 +101,13 @@ class Captures:
             return
         tracked.captured = [each for each in tracked.captured if each.chunk >= complete]
         pages = [page for each in ready for page in each.page_ids()]
-        note = self._events.note(tracked.request, [each.chunk for each in ready])
-        save = self._pins.send(pages, self._ranks, note)
-        self._ordered.append(Save(save, self._parts(tracked, ready)))
+        try:
+            parts = self._parts(tracked, ready)
+            note = self._events.note(tracked.request, [each.chunk for each in ready])
+        except BaseException:  # nobody would ever report a save that is not ordered
+            self._pins.unpin(pages)
+            raise
+        self._ordered.append(Save(self._pins.send(pages, self._ranks, note), parts))
 
     def confirm_all(self, requests: Iterable[Tracked]) -> None:
         """As `confirm`; what belongs to preempted requests is dropped, for others want its blocks."""

@@ -85,6 +85,7 @@ class SchedulerHalf:
         self._fetches = Fetches(groups, keys, enabled=has_tiers, ranks=ranks, patience_s=patience_s)
         self._chunks_max = chunks_at_most(groups, places)
         self._tracked: dict[str, Tracked] = {}
+        self._owes_clear = False
 
     @classmethod
     def of(
@@ -205,7 +206,8 @@ class SchedulerHalf:
         if not self._has_answer(tracked):
             return False
         there = first if tracked.pinned is None else tracked.pinned.hit.end
-        return not self._fetches.begin(tracked, there, end)
+        # What is fetched goes into the pool: not if the search has just found nobody there.
+        return not (self._client.connected and self._fetches.begin(tracked, there, end))
 
     def _begin_search(self, tracked: Tracked, first: int, end: int) -> bool:
         """Ask the pool, if it is time to; whether it was asked."""
@@ -214,6 +216,9 @@ class SchedulerHalf:
             return False
         if not self._client.connected:
             self._counters.failed(Cause.NO_SERVER, "there is no connection to the metadata server")
+            tracked.missed_at_s = time.monotonic()
+            return False
+        if self._owes_clear and not self._cleared():
             tracked.missed_at_s = time.monotonic()
             return False
         hashes = tuple(tracked.request.block_hashes[: end * self._groups.hashes_per_chunk])
@@ -323,29 +328,33 @@ class SchedulerHalf:
         return self._captures.busy
 
     def reset(self) -> bool:
-        """Never find again what was stored until now; False if that cannot be promised now."""
+        """Never find again what was stored until now; False if that cannot be promised now.
+
+        Without a server the pool is emptied when there is one again, and nothing is loaded before.
+        """
         for tracked in self._tracked.values():
             self._let_go(tracked)
         if self._loads or (self._captures.busy and not self._keys.private):
             _log.warning("the pool was not reset: blocks are on their way to or from it; try again")
             return False
-        if not self._clear():
-            return False
+        if self._keys.private:
+            self._keys.rotate()
+        elif self._keys.complete and not self._cleared():
+            self._fetches.forget()
         for tracked in self._tracked.values():  # what they have computed is of before
             self._captures.bar(tracked)
         return True
 
-    def _clear(self) -> bool:
-        if self._keys.private:
-            self._keys.rotate()
-            return True
-        if not self._keys.complete:
-            return True
+    def _cleared(self) -> bool:
+        """Empty the pool of this model, and the tiers below; False if that is still owed."""
         try:
             cleared = self._client.clear(namespace(self._keys.model))
         except (Unavailable, ServerError) as error:
-            _log.warning("the pool was not reset: %s", error)
+            if not self._owes_clear:
+                _log.warning("the pool is reset once there is a server, and nothing loaded before: %s", error)
+            self._owes_clear = True
             return False
+        self._owes_clear = False
         self._fetches.forget()
         _log.info(Line("the pool was reset", model=self._keys.model, chunks=cleared))
         return True

@@ -171,6 +171,29 @@ def test_server_whose_directory_was_taken_away_ends_and_the_next_one_serves(
     pool.assert_nothing_leaks()
 
 
+def test_a_file_where_the_directory_was_ends_the_server_and_costs_clients_a_warning(
+    pool: Pool, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = pool.start_server()
+    writer = pool.engine(size=SIZE)
+    writer.call("store", 1, 3 * CHUNK)
+    assert pool.observer.connected
+    away = pool.path.with_suffix(".away")
+    pool.path.rename(away)
+    pool.path.touch()
+    with caplog.at_level("WARNING", "vcache"):
+        assert first.wait(DEADLINE_S) == EXIT_USURPED
+        eventually(lambda: "not a directory" in caplog.text.lower(), "the observer has said why")
+    assert writer.call("retrieve", 1, CHUNK) == (0, 0)
+    pool.path.unlink()
+    away.rename(pool.path)
+    pool.start_server()
+    eventually(lambda: writer.call("retrieve", 1, 3 * CHUNK) == (3 * CHUNK, 0), "all is as before")
+    assert "Traceback" not in caplog.text
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    pool.assert_nothing_leaks()
+
+
 def test_successor_whose_lock_replaced_the_firsts_is_left_in_peace(
     pool: Pool, servers: list[subprocess.Popen[str]]
 ) -> None:

@@ -24,6 +24,7 @@ from integration.vllm.search import Hit, Pinned
 from integration.vllm.settings import Settings
 from integration.vllm.worker import WorkerHalf, _GroupHalf
 from vcache.engine.stats import Counters
+from vcache.errors import Unavailable
 from vcache.protocol import EXTENT
 
 BLOCK = 16
@@ -32,12 +33,17 @@ GROUPS = Groups((Group(0, BLOCK, 0, ("first", "second"), None),), BLOCK, BLOCK)
 
 
 class Pool:
-    """Stands for the metadata server: there, and empty."""
+    """Stands for the metadata server: there, and empty. answers: whether it does."""
 
-    connected = True
+    def __init__(self) -> None:
+        self.connected = self.answers = True
+        self.clears = 0
 
     def clear(self, namespace: bytes) -> int:
         """Nothing was there."""
+        if not self.connected or not self.answers:
+            raise Unavailable("nobody is there")
+        self.clears += 1
         return 0
 
 

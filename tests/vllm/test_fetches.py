@@ -72,6 +72,19 @@ def test_without_lower_tiers_a_request_is_told_at_once() -> None:
     assert ask(half, one) == 2 * BLOCK and fetch_of(half) == []
 
 
+def test_nothing_is_fetched_into_a_pool_whose_server_does_not_answer() -> None:
+    half = Scheduling(has_tiers=True)
+    one = request_of("one", 102)
+    half.new_request(one)
+
+    def searched(wanted: Any, within_s: float) -> Any:
+        half.pool.connected = False  # the search has found that out
+        return begin(wanted, within_s)
+
+    begin, half._searches.begin = half._searches.begin, searched  # type: ignore[method-assign]
+    assert ask(half, one) == 0 and fetch_of(half) == []
+
+
 def test_nothing_is_fetched_after_a_reset_before_the_tiers_are_empty() -> None:
     half = Scheduling(has_tiers=True)
     one, other = request_of("one", 102), request_of("other", 102)

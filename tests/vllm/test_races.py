@@ -186,6 +186,44 @@ def test_what_was_computed_before_a_reset_is_not_stored_after_it(private: bool) 
     assert half.pages_saved() == {1, 2, 3, 4}
 
 
+def test_a_reset_without_a_server_is_made_good_before_anything_is_loaded() -> None:
+    half = Scheduling(has_tiers=True)
+    one = request_of("one", 102)
+    half.new_request(one)
+    half.pool.connected = False
+    assert half.reset()  # else vLLM would stay paused
+    assert half.step({}).forget  # tiers are emptied now
+    half.reported(Report(forgotten=1))
+    half.answers = [(0, 2), (0, 2)]
+    assert half.matched_tokens(one, 0) == (0, False)
+    half.pool.connected, half.pool.answers = True, False
+    other = request_of("other", 102)
+    half.new_request(other)
+    assert half.matched_tokens(other, 0) == (0, False) and len(half.answers) == 2
+    half.pool.answers = True
+    third = request_of("third", 102)
+    half.new_request(third)
+    half.matched_tokens(third, 0)
+    assert half.pool.clears == 1 and len(half.answers) == 1
+    assert half.step({}).forget  # what came down from the pool meanwhile
+    fourth = request_of("fourth", 102)
+    half.new_request(fourth)
+    half.matched_tokens(fourth, 0)
+    assert half.pool.clears == 1
+
+
+def test_chunks_that_cannot_be_ordered_hold_no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = Scheduling()
+    one, table = request_of("one", 70), [1, 2, 3, 4, 5]
+    half.admit(one, table)
+    half.step({"one": table}, one=70)
+    monkeypatch.setattr(half._keys, "of_all_places", lambda *_: 1 // 0)
+    one.num_in_flight_tokens = 0
+    with pytest.raises(ZeroDivisionError):  # which the connector keeps from vLLM
+        half.reported(Report())
+    assert half.pages.pinned == 0 and not half.frees_blocks
+
+
 @pytest.mark.parametrize("private", [True, False])
 def test_a_reset_cannot_be_promised_during_a_load(private: bool) -> None:
     half = Scheduling(private=private)
