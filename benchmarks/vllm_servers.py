@@ -19,7 +19,7 @@ from typing import Any
 
 from demo.processes import Child
 from demo.random_model import fast_dtype
-from demo.vllm_client import get, healthy
+from demo.vllm_client import healthy
 
 START_SECONDS_MAX = 600.0
 BLOCK_TOKENS = 32
@@ -182,12 +182,6 @@ def forget(port: int) -> None:
             return
         time.sleep(0.02)
     raise RuntimeError(f"the server at {port} does not reset its prefix cache")
-
-
-def metric(port: int, name: str) -> float:
-    """The sum of one of its metrics over labels."""
-    lines = get(port, "/metrics")[1].splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{"))
 
 
 def free_port() -> int:

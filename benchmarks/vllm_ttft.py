@@ -38,12 +38,11 @@ from benchmarks.vllm_servers import (
     forget,
     free_port,
     has_module,
-    metric,
     program,
 )
 from demo.processes import DemoFailed
 from demo.random_model import DTYPE_BYTES, VOCABULARY, fast_dtype, make_model
-from demo.vllm_client import complete
+from demo.vllm_client import complete, metric
 
 LENGTHS = (512, 1024, 2048, 3000)
 MODELS = {"GQA4": 4, "MHA16": 16}

@@ -12,6 +12,7 @@ import shutil
 import socket
 import sys
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -24,7 +25,7 @@ from demo.processes import Child, DemoFailed
 from demo.prompts import DOCUMENT
 from demo.random_model import make_model
 from demo.report import make_console
-from demo.vllm_client import Completion, complete, healthy
+from demo.vllm_client import Completion, complete, healthy, metric
 
 START_SECONDS_MAX: Final = 600.0
 """For a vLLM server to be ready: it imports for half a minute, and two share the machine."""
@@ -74,15 +75,34 @@ def _show(console: Console, directory: Path, stack: ExitStack) -> None:
         complete(port, "a few words to warm up " * 20, max_tokens=4)
     servers = list(zip(("vLLM 0", "vLLM 1"), ports, strict=True))
     answers = [
-        (f"question {at + 1}", name, complete(port, f"{DOCUMENT}\n\n{question}\n", max_tokens=ANSWER_TOKENS))
+        _ask(f"question {at + 1}", question, name, port)
         for at, question in enumerate(QUESTIONS)
         for name, port in (servers if not at else servers[::-1])
     ]
     console.print(_table(answers))
     _check(answers)
     console.print(
-        "The second server had the document's KV from the pool and computed none of it. The answers agree."
+        "The second server had the document's KV from the pool and computed only what is no whole block. "
+        "The answers agree."
     )
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """from_pool: prompt tokens whose KV came from the pool; vLLM's own prefix cache had the other cached
+    ones.
+    """
+
+    question: str
+    server: str
+    given: Completion
+    from_pool: int
+
+
+def _ask(label: str, question: str, name: str, port: int) -> _Answer:
+    before = metric(port, "vllm:vcache_hit_tokens_total")
+    given = complete(port, f"{DOCUMENT}\n\n{question}\n", max_tokens=ANSWER_TOKENS)
+    return _Answer(label, name, given, int(metric(port, "vllm:vcache_hit_tokens_total") - before))
 
 
 def _vllm(number: int, port: int, model: Path, runtime: Path, directory: Path) -> Child:
@@ -116,36 +136,40 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def _table(answers: list[tuple[str, str, Completion]]) -> Table:
+def _table(answers: list[_Answer]) -> Table:
     table = Table("prompt", "served by")
-    for column in ("tokens", "cached_tokens", "TTFT"):
+    for column in ("tokens", "cached_tokens", "from the pool", "TTFT"):
         table.add_column(column, justify="right")
     table.add_column("answer")
     first: dict[str, str] = {}
-    for question, name, answer in answers:
-        agrees = answer.text == first.setdefault(question, answer.text)
+    for answer in answers:
+        agrees = answer.given.text == first.setdefault(answer.question, answer.given.text)
         table.add_row(
-            question,
-            name,
-            str(answer.prompt_tokens),
-            str(answer.cached_tokens),
-            f"{answer.ttft_s * 1e3:.0f} ms",
+            answer.question,
+            answer.server,
+            str(answer.given.prompt_tokens),
+            str(answer.given.cached_tokens),
+            str(answer.from_pool),
+            f"{answer.given.ttft_s * 1e3:.0f} ms",
             "same" if agrees else "differs",
         )
     return table
 
 
-def _check(answers: list[tuple[str, str, Completion]]) -> None:
+def _check(answers: list[_Answer]) -> None:
     """Raise DemoFailed unless the document was cached for all but the first, and the answers agree."""
-    (_, _, cold), *cached = answers
-    for question, name, answer in cached:
-        if answer.cached_tokens < answer.prompt_tokens * 9 // 10:
-            cached_tokens = f"{answer.cached_tokens} of {answer.prompt_tokens}"
-            raise DemoFailed(f"{name}, {question}: {cached_tokens} tokens were cached")
+    cold, *cached = answers
+    for answer in cached:
+        given = answer.given
+        if given.cached_tokens < given.prompt_tokens * 9 // 10:
+            cached_tokens = f"{given.cached_tokens} of {given.prompt_tokens}"
+            raise DemoFailed(f"{answer.server}, {answer.question}: {cached_tokens} tokens were cached")
+    if cached[0].from_pool != cached[0].given.cached_tokens:
+        raise DemoFailed(f"{cached[0].server}: {cached[0].from_pool} tokens came from the pool")
     for one, other in zip(answers[::2], answers[1::2], strict=True):
-        if one[2].text != other[2].text:
-            raise DemoFailed(f"{one[0]}: {one[2].text!r} and {other[2].text!r} differ")
-    if cached[0][2].ttft_s >= cold.ttft_s:
+        if one.given.text != other.given.text:
+            raise DemoFailed(f"{one.question}: {one.given.text!r} and {other.given.text!r} differ")
+    if cached[0].given.ttft_s >= cold.given.ttft_s:
         raise DemoFailed("the first token came no sooner from the pool")
 
 

@@ -63,6 +63,12 @@ def get(port: int, path: str) -> tuple[int, str]:
         connection.close()
 
 
+def metric(port: int, name: str) -> float:
+    """The sum of one of a server's metrics over labels. Raises OSError."""
+    lines = get(port, "/metrics")[1].splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{"))
+
+
 def _read(response: http.client.HTTPResponse, started_s: float) -> Completion:
     text, ttft_s = "", 0.0
     usage: dict[str, Any] = {}

@@ -113,7 +113,7 @@ def test_for_people_it_prints_a_line_each(runtime_dir: Path) -> None:
     ran = vcache("doctor", "--runtime-dir", str(runtime_dir), "--start")
     assert ran.returncode == 0, ran.stdout
     assert "✓ shared memory: " in ran.stdout
-    assert ran.stdout.splitlines()[-1] == "0 failed, 1 warning, 6 findings", (
+    assert ran.stdout.splitlines()[-1] == "0 failed, 1 warning, 6 checks", (
         "of a directory that is on no tmpfs"
     )
 

@@ -133,5 +133,5 @@ def _print_end(console: Console, found: list[Finding]) -> None:
             console.print(pair_table(pairs))
     failed = sum(each.verdict == "failed" for each in found)
     warned = sum(each.verdict == "warning" for each in found)
-    counted = present.counted(warned, "warning"), present.counted(len(found), "finding")
+    counted = present.counted(warned, "warning"), present.counted(len(found), "check")
     console.print(present.text(f"{failed} failed, {', '.join(counted)}"))
