@@ -62,17 +62,18 @@ def test_another_chunk_layout_or_version_is_named() -> None:
     assert verdict(raw, layout=b"M" * 16) is Flaw.LAYOUT
     assert verdict(raw[:-1] + b"X") is Flaw.CHUNK
     assert verdict(raw[:-1]) is Flaw.LENGTH
-    assert verdict(raw[:8] + struct.pack("<H", 2) + raw[10:]) is Flaw.VERSION
+    for version in (1, 3):
+        assert verdict(raw[:8] + struct.pack("<H", version) + raw[10:]) is Flaw.VERSION
     assert verdict(b"\0" * 8 + raw[8:]) is Flaw.NOT_OURS
     assert verdict(raw[:70] + b"\1" + raw[71:]) is Flaw.HEADER
 
 
 def test_the_format_does_not_change_by_accident() -> None:
-    """Records of an installation outlive it: this one was written by the first version."""
+    """Records of an installation outlive it: this one was written by the second version."""
     header = Header(LAYOUT, KEY, 5, 1_000, 2_000, 0x0123456789ABCDEF)
     assert header.pack().hex() == (
-        "56434143485245430100800000000000" + "4c" * 16 + bytes(range(32)).hex() + "0500000000000000"
-        "e803000000000000d007000000000000efcdab8967452301" + "00" * 24 + "8178fc62089a0551"
+        "56434143485245430200800000000000" + "4c" * 16 + bytes(range(32)).hex() + "0500000000000000"
+        "e803000000000000d007000000000000efcdab8967452301" + "00" * 24 + "db7fca34b6f7aef9"
     )
 
 

@@ -293,9 +293,14 @@ TIER_CONNECTIONS_MAX: Final = 8
 TIER_LIST_MAX: Final = 256
 """Rows in one page of a tier's listing: they fit one message."""
 
-TIER_PIECE_BYTES: Final = 512 * KIB
-"""A record is read and written so much at a time: it is in the second-level cache still when its checksum is
-computed, and a call of the kernel costs nothing beside it.
+RECORD_PIECE_BYTES: Final = 512 * KIB
+"""A chunk record is read and written so much at a time: it is in the processor's cache still when its
+checksum is computed, and a call of the kernel costs little beside it. Part of the record's format.
+"""
+
+TIER_HELP_REST_CHUNKS: Final = 512
+"""Chunks that are read without a helper after one that it held up: where processors are busy that costs
+milliseconds, as ten or twenty chunks do, and must not be seen in the whole.
 """
 
 TIER_USES_MAX: Final = 256

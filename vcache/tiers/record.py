@@ -9,27 +9,29 @@
     64   8   length of the chunk
     72   8   creation, milliseconds since 1970
     80   8   expiry, the same; 0: none of its own
-    88   8   XXH3 of the chunk
+    88   8   XXH3 of the XXH3s (8 bytes each, big-endian) of the chunk's pieces of 512 KiB
     96  24   zero
     120  8   XXH3 of all of the header before
 
-All numbers little-endian. A process that knows nothing of the past reads it, and takes nothing for a chunk
-that is not exactly what was put: see `flaw_of`. No I/O and no clock here.
+All other numbers little-endian. A process that knows nothing of the past reads it, and takes nothing for a
+chunk that is not exactly what was put: see `flaw_of`. Pieces have checksums of their own so that several
+threads can verify one chunk. A record of another version is no chunk. No I/O and no clock here.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from enum import Enum
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import xxhash
 
-from vcache.limits import FINGERPRINT_BYTES, KEY_BYTES, RECORD_HEADER_BYTES
+from vcache.limits import FINGERPRINT_BYTES, KEY_BYTES, RECORD_HEADER_BYTES, RECORD_PIECE_BYTES
 from vcache.tiers.base import has_expired as has_expired
 
 _MAGIC: Final = b"VCACHREC"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _FIELDS: Final = struct.Struct(f"<8sHHI{FINGERPRINT_BYTES}s{KEY_BYTES}sQQQQ24x")
 _CHECK: Final = struct.Struct("<Q")
 
@@ -90,7 +92,22 @@ class Header(NamedTuple):
 
 def header_for(key: bytes, layout: bytes, chunk: Bytes, created_ms: int, expires_ms: int = 0) -> Header:
     """The header of a chunk (contiguous bytes) that is put now."""
-    return Header(layout, key, len(chunk), created_ms, expires_ms, xxhash.xxh3_64_intdigest(chunk))
+    return Header(layout, key, len(chunk), created_ms, expires_ms, _checksum(chunk))
+
+
+def piece_checksum(piece: Bytes) -> bytes:
+    """What `checksum_of_pieces` wants of each RECORD_PIECE_BYTES of a chunk, and of the rest."""
+    return xxhash.xxh3_64_digest(piece)
+
+
+def checksum_of_pieces(checksums: Iterable[bytes]) -> int:
+    """A chunk's checksum from those of its pieces, in their order."""
+    return xxhash.xxh3_64_intdigest(b"".join(checksums))
+
+
+def _checksum(chunk: Bytes) -> int:
+    pieces = range(0, len(chunk), RECORD_PIECE_BYTES)
+    return checksum_of_pieces(piece_checksum(chunk[at : at + RECORD_PIECE_BYTES]) for at in pieces)
 
 
 def read_header(raw: bytes) -> Header | Flaw:
@@ -117,6 +134,6 @@ def flaw_in_header(header: Header, key: bytes, layout: bytes, length: int) -> Fl
 def flaw_of(header: Header, key: bytes, layout: bytes, chunk: Bytes) -> Flaw | None:
     """What keeps `chunk`, read together with `header`, from being the chunk of `key`; None: it is that."""
     flaw = flaw_in_header(header, key, layout, len(chunk))
-    if flaw is None and header.checksum != xxhash.xxh3_64_intdigest(chunk):
+    if flaw is None and header.checksum != _checksum(chunk):
         return Flaw.CHUNK
     return flaw

@@ -16,10 +16,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import xxhash
-
-from vcache.limits import KEY_BYTES, RECORD_HEADER_BYTES, TIER_PIECE_BYTES
-from vcache.tiers.record import Flaw, Header, flaw_in_header, read_header
+from vcache.limits import KEY_BYTES, RECORD_HEADER_BYTES, RECORD_PIECE_BYTES
+from vcache.tiers.record import (
+    Flaw,
+    Header,
+    checksum_of_pieces,
+    flaw_in_header,
+    piece_checksum,
+    read_header,
+)
+from vcache.tiers.rocksdb.pieces import Helper, read_chunk
 
 FOLDER: Final = "chunks"
 _NEW: Final = "new"
@@ -40,12 +46,13 @@ def write(path: str, header: Header, chunk: memoryview) -> None:
     """Write a record, whose checksum is computed here. Raises OSError, as when the disk is full."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        checksum = xxhash.xxh3_64()
-        for at in range(0, len(chunk), TIER_PIECE_BYTES):
-            piece = chunk[at : at + TIER_PIECE_BYTES]
-            checksum.update(piece)
+        checksums = []
+        for at in range(0, len(chunk), RECORD_PIECE_BYTES):
+            piece = chunk[at : at + RECORD_PIECE_BYTES]
+            checksums.append(piece_checksum(piece))
             _write_all(fd, piece, RECORD_HEADER_BYTES + at)
-        _write_all(fd, memoryview(header._replace(checksum=checksum.intdigest()).pack()), 0)
+        header = header._replace(checksum=checksum_of_pieces(checksums))
+        _write_all(fd, memoryview(header.pack()), 0)
     finally:
         os.close(fd)
 
@@ -56,10 +63,12 @@ def _write_all(fd: int, piece: memoryview, offset: int) -> None:
         piece, offset = piece[written:], offset + written
 
 
-def read(path: str, key: bytes, layout: bytes, into: memoryview) -> Header | Flaw | None:
+def read(
+    path: str, key: bytes, layout: bytes, into: memoryview, helper: Helper | None = None
+) -> Header | Flaw | None:
     """Fill `into` with the chunk of `key`; its header, or what is wrong with the record; None: there is none.
 
-    What `into` holds unless the answer is a header is undefined. Raises OSError.
+    What `into` holds unless the answer is a header is undefined. helper: reads along. Raises OSError.
     """
     try:
         fd = _opened(path)
@@ -68,16 +77,13 @@ def read(path: str, key: bytes, layout: bytes, into: memoryview) -> Header | Fla
     if fd is None:
         return Flaw.NOT_OURS
     try:
-        raw = bytearray(RECORD_HEADER_BYTES)
-        first = into[:TIER_PIECE_BYTES]
-        got = os.preadv(fd, [raw, first], 0)
-        header = read_header(bytes(raw[:got]))
+        header = read_header(os.pread(fd, RECORD_HEADER_BYTES, 0))
         if isinstance(header, Flaw):
             return header
         flaw = flaw_in_header(header, key, layout, len(into))
         if flaw is not None:
             return flaw
-        return header if _checksum(fd, into, got - RECORD_HEADER_BYTES) == header.checksum else Flaw.CHUNK
+        return header if read_chunk(fd, into, helper) == header.checksum else Flaw.CHUNK
     finally:
         os.close(fd)
 
@@ -94,18 +100,6 @@ def _opened(path: str) -> int | None:
         return fd
     os.close(fd)
     return None
-
-
-def _checksum(fd: int, into: memoryview, got: int) -> int | None:
-    """Read what is missing behind `got` bytes of a chunk; the XXH3 of all of it, None if the file ends."""
-    checksum = xxhash.xxh3_64(into[:got])
-    while got < len(into):
-        count = os.preadv(fd, [into[got : got + TIER_PIECE_BYTES]], RECORD_HEADER_BYTES + got)
-        if not count:
-            return None
-        checksum.update(into[got : got + count])
-        got += count
-    return int(checksum.intdigest())
 
 
 def header_at(path: str) -> Header | Flaw:

@@ -52,6 +52,7 @@ from vcache.tiers.rocksdb.messages import (
     Written,
 )
 from vcache.tiers.rocksdb.owner import SOCKET
+from vcache.tiers.rocksdb.pieces import Helper
 from vcache.tiers.rocksdb.spawn import private_directory, start_owner
 
 if TYPE_CHECKING:
@@ -166,6 +167,7 @@ class RocksTier:
         self._used: list[bytes] = []
         self._guard = threading.Lock()
         self._is_closed = False
+        self._helper = Helper()
         self._tried_s = -TIER_OWNER_TRY_INTERVAL_S
         self._never = threading.Event()
         self._start()
@@ -186,7 +188,7 @@ class RocksTier:
     def get(self, key: bytes, into: torch.Tensor, layout: bytes) -> Found | None:
         """Fill `into` with the chunk of `key`; a record that is not exactly that is deleted."""
         target = files.view_of(into)
-        header = files.read(files.path_of(self._directory, key), key, layout, target)
+        header = files.read(files.path_of(self._directory, key), key, layout, target, self._helper)
         if header is None:
             self._tell_used(key)  # the owner looks whether it believes in a file that has gone
             return None
@@ -253,6 +255,7 @@ class RocksTier:
         with self._guard:
             self._is_closed = True
         self._never.set()
+        self._helper.close()
         self._drop_idle()
 
     def _drop_idle(self) -> None:
