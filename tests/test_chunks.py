@@ -317,6 +317,23 @@ def test_what_is_forgotten_is_forgotten_below_too(pool: Pool) -> None:
     chunks.close()
 
 
+def test_what_another_process_removes_is_not_taken_again_although_it_is_held(pool: Pool) -> None:
+    chunks, other = chunks_of(pool.client(lends=1 << 20)), chunks_of(pool.client())
+    write(chunks, [1, 2])
+    held = chunks.take([key(1), key(2)])
+    assert other.remove([key(1)]) == 1
+    again = chunks.take([key(1), key(2)])
+    assert again == [None, held[1]]
+    write(chunks, [1])
+    anew = chunks.take([key(1), key(1)])
+    assert anew[0] is anew[1] and anew[0] not in (None, held[0])
+    for holds in (held, again, anew):
+        chunks.drop_all(holds)
+    assert chunks.held == 0
+    for each in (chunks, other):
+        each.close()
+
+
 class Watched(MemoryTier):
     """A read, and a removal, can be held until the test lets it go on."""
 

@@ -314,7 +314,6 @@ class Chunks:
     def remove(self, keys: Sequence[bytes]) -> int:
         """Forget chunks; how many were there. Who holds one goes on reading it."""
         with self._lower.passages.closed(keys):
-            self._holds.forget(keys)
             if self._queue is not None:
                 self._queue.forget(keys)
             removed = self._pool.remove(keys)
@@ -324,7 +323,6 @@ class Chunks:
     def clear(self) -> int:
         """Forget all chunks of this model, and of every model in the tiers; how many the pool had."""
         with self._lower.passages.closed(None):
-            self._holds.forget()
             if self._queue is not None:
                 self._queue.forget(None)
             removed = self._pool.clear()

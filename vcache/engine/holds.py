@@ -12,6 +12,7 @@ from vcache.client import Grant
 from vcache.engine.pool import Pool
 from vcache.errors import LocalStateError
 from vcache.limits import KEYS_PER_REQUEST_MAX
+from vcache.table import Standing
 
 
 class _Pinned:
@@ -29,17 +30,23 @@ class Hold:
     chunk: its bytes (uint8, 1-D), read-only by agreement.
     """
 
-    __slots__ = ("chunk", "key", "pinned", "uses")
+    __slots__ = ("at", "chunk", "key", "pinned", "uses")
 
-    def __init__(self, key: bytes, chunk: Tensor, pinned: _Pinned) -> None:
+    def __init__(self, key: bytes, chunk: Tensor, pinned: _Pinned, at: int) -> None:
         self.key = key
         self.chunk = chunk
         self.pinned = pinned
+        self.at = at
         self.uses = 1
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the pool has it still: nobody has removed it since, in whatever process."""
+        return self.pinned.grant.standing(self.at) is Standing.THERE
 
 
 class Holds:
-    """All holds of one process. A chunk that is held already is held once more without a request.
+    """All holds of one process. A chunk that is held, and in the pool, is held once more without a request.
 
     Thread-safe; raises only EngineClosed and ForkedProcess, and `drop` nothing at all.
     """
@@ -56,7 +63,11 @@ class Holds:
     def take(self, keys: Sequence[bytes]) -> list[Hold | None]:
         """Hold each chunk that is in the pool, as often as it is named; None where there is none."""
         with self._guard:
-            held = {key: hold for key in keys if (hold := self._by_key.get(key)) is not None}
+            held = {
+                key: hold
+                for key in dict.fromkeys(keys)
+                if (hold := self._by_key.get(key)) is not None and hold.is_there
+            }
             for key in keys:
                 if key in held:
                     held[key].uses += 1
@@ -71,7 +82,9 @@ class Holds:
                         new[key].uses += 1
                 for hold in new.values():
                     hold.uses -= 1  # the one that it was made with
-                    self._by_key.setdefault(hold.key, hold)
+                    known = self._by_key.get(hold.key)
+                    if known is None or not known.is_there:
+                        self._by_key[hold.key] = hold
         return [held.get(key) or new.get(key) for key in keys]
 
     def again(self, hold: Hold) -> Hold:
@@ -103,15 +116,6 @@ class Holds:
             if hold is not None:
                 self.drop(hold)
 
-    def forget(self, keys: Iterable[bytes] | None = None) -> None:
-        """Have the next `take` of these keys (of all) ask the pool, whatever is still held here."""
-        with self._guard:
-            if keys is None:
-                self._by_key.clear()
-                return
-            for key in keys:
-                self._by_key.pop(key, None)
-
     def _pin(self, keys: list[bytes]) -> dict[bytes, Hold]:
         grant = self._pool.acquire(keys, pin=True, prefix=False)
         if grant is None or not len(grant.extents):
@@ -127,7 +131,7 @@ class Holds:
             # Intact and borrowed now: then pin and memory stay as they are until they are given back.
             for at, (key, view) in enumerate(zip(found, views, strict=True)):
                 if view is not None and self._pool.intact(grant, at, at + 1):
-                    holds[key] = Hold(key, view, pinned)
+                    holds[key] = Hold(key, view, pinned, at)
             del view
             views.clear()
         finally:
