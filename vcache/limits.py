@@ -298,7 +298,12 @@ RECORD_PIECE_BYTES: Final = 512 * KIB
 checksum is computed, and a call of the kernel costs little beside it. Part of the record's format.
 """
 
-TIER_HELP_REST_CHUNKS: Final = 512
+TIER_HELP_WAIT_PIECES: Final = 8
+"""Whoever waits for a helper for as long as so many pieces take has been held up: it was stopped amid one,
+which takes milliseconds, and not merely late.
+"""
+
+TIER_HELP_REST_CHUNKS: Final = 64
 """Chunks that are read without a helper after one that it held up: where processors are busy that costs
 milliseconds, as ten or twenty chunks do, and must not be seen in the whole.
 """

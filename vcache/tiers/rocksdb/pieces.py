@@ -15,7 +15,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 
-from vcache.limits import RECORD_HEADER_BYTES, RECORD_PIECE_BYTES, TIER_HELP_REST_CHUNKS
+from vcache.limits import (
+    RECORD_HEADER_BYTES,
+    RECORD_PIECE_BYTES,
+    TIER_HELP_REST_CHUNKS,
+    TIER_HELP_WAIT_PIECES,
+)
 from vcache.tiers.record import checksum_of_pieces, piece_checksum
 
 
@@ -57,7 +62,7 @@ def _read_piece(fd: int, into: memoryview, begin: int) -> bytes | None:
 class Pieces:
     """A chunk that two threads read. `end` it, whatever happened.
 
-    held_up: `read` has waited for the other one for longer than two pieces took: that was no help.
+    held_up: `read` has waited for the other one for longer than TIER_HELP_WAIT_PIECES take: that was no help.
     """
 
     def __init__(self, fd: int, into: memoryview, clock: Callable[[], float]) -> None:
@@ -81,7 +86,7 @@ class Pieces:
         ended_s = self._clock()
         with self._helping:  # what a helper could not read it has put back
             waited_s = self._clock() - ended_s
-            self.held_up = waited_s * read > 2 * (ended_s - began_s)
+            self.held_up = waited_s * read > TIER_HELP_WAIT_PIECES * (ended_s - began_s)
             return checksum_of_pieces(self._checksums) if self._read_leading() else None
 
     def help(self, is_welcome: Callable[[], bool]) -> None:
