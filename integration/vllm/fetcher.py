@@ -6,13 +6,13 @@ import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from integration.vllm.affinity import use_all_cores
 from integration.vllm.below import Below
 from integration.vllm.done import Done, Work
 from integration.vllm.groups import Groups
 from integration.vllm.hits import first_needed, longest_hit
 from integration.vllm.messages import Fetch, Orders, Place
 from vcache.engine.stats import Cause, Counters
+from vcache.kernels.affinity import use_all_cores
 
 _log = logging.getLogger("vcache.integration.vllm")
 

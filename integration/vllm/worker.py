@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
-from integration.vllm.affinity import use_all_cores
 from integration.vllm.below import Below
 from integration.vllm.done import Done, Work
 from integration.vllm.fetcher import Fetcher
@@ -39,6 +38,7 @@ from vcache.engine.store import Store
 from vcache.engine.write_back import WriteBack
 from vcache.errors import LocalStateError, ServerError, Unavailable
 from vcache.kernels import LaunchOptions, prepare
+from vcache.kernels.affinity import use_all_cores
 from vcache.limits import KEY_BYTES
 from vcache.logs import Line
 from vcache.tiers import Tier
@@ -203,18 +203,32 @@ class WorkerHalf:
         self._fetcher.begin(orders)
         self._done.begin(Work.LOAD, len(orders.loads))
         for load in orders.loads:
-            awaited = self._layers_of(load) if self._layerwise and not load.is_async else []
-            self._waits.expect(awaited)
-            try:
-                future = self._loader.submit(self._load, load, Counter(awaited), self._queued())
-            except Exception as error:  # the model waits for no load that does not begin
-                self._waits.arrived(awaited)
-                self._loaded(load, self._gave_up(load, error))
-                continue
-            if not load.is_async:
-                self._needed.append(future)
-        if not self._layerwise:
-            self.finish_loads()
+            if load.is_async or self._layerwise:
+                self._begin_load(load)
+        for load in orders.loads:
+            if not (load.is_async or self._layerwise):
+                self._load_here(load)
+
+    def _load_here(self, load: Load) -> None:
+        """Carry it out in this thread: the step waits for it anyhow, and a thread's turn takes its time."""
+        try:
+            after = self._queued()
+        except Exception as error:  # of a driver's
+            self._loaded(load, self._gave_up(load, error))
+            return
+        self._load(load, Counter(), after)
+
+    def _begin_load(self, load: Load) -> None:
+        awaited = [] if load.is_async else self._layers_of(load)
+        self._waits.expect(awaited)
+        try:
+            future = self._loader.submit(self._load, load, Counter(awaited), self._queued())
+        except Exception as error:  # the model waits for no load that does not begin
+            self._waits.arrived(awaited)
+            self._loaded(load, self._gave_up(load, error))
+            return
+        if not load.is_async:
+            self._needed.append(future)
 
     def wait_for_layer(self, layer: str) -> None:
         """Return when the step's loads have brought this layer."""

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+from vcache.kernels.affinity import use_all_cores
+
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 _pool_threads = 0
@@ -33,7 +35,8 @@ def _help(work: Callable[[], None], helpers: int) -> None:
         if _pool is None or _pool_threads < helpers:
             if _pool is not None:
                 _pool.shutdown(wait=False)
-            _pool, _pool_threads = ThreadPoolExecutor(helpers, thread_name_prefix="vcache-copy"), helpers
+            # Whoever asks may be bound to one core: there a helper would only stand in its way.
+            _pool, _pool_threads = ThreadPoolExecutor(helpers, "vcache-copy", use_all_cores), helpers
         for _ in range(helpers):
             # The interpreter is ending, or the system has no more threads: the caller does without.
             with suppress(RuntimeError):

@@ -1,4 +1,4 @@
-"""Cores for our threads: vLLM binds each of its threads to one, and a thread inherits its maker's."""
+"""Cores for our threads: engines bind each of theirs to one, and a thread inherits its maker's."""
 
 from __future__ import annotations
 
