@@ -73,10 +73,10 @@ class Door:
 
 
 def inode_of(path: Path) -> int | None:
-    """The file that a path leads to; None if to none, or none that we can get at."""
+    """The file that a path leads to; None if there is none, nor a directory that it could be in."""
     try:
         return path.stat().st_ino
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

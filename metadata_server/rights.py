@@ -134,6 +134,7 @@ class Rights:
         holdings.pinned_count -= len(indices)
         if self.inherited:  # others may hold these who have not said so yet; counted anew when all have
             indices = indices[[index not in self.inherited for index in indices.tolist()]]
+        assert self._table.pins[indices].all(), "an extent that nobody pins is unpinned"
         self._table.pins[indices] -= np.uint64(1)
         unpinned: Indices = indices[self._table.pins[indices] == 0]
         return unpinned

@@ -12,7 +12,7 @@ import torch
 from tests.client_pool import Pool as Processes
 from tests.client_pool import pool_in_memory
 from tests.processes.content import LAYOUT
-from tests.processes.worker import DEADLINE_S
+from tests.processes.worker import DEADLINE_S, eventually
 from tests.support.lending_client import lending_client
 from vcache.client import Client, Grant
 from vcache.engine.lower import LowerTiers
@@ -194,6 +194,25 @@ def clear(pool: Pool, tier: MemoryTier) -> None:
     """As another process does."""
     assert pool.clear() == len(KEYS)
     tier.clear()
+
+
+def test_what_was_removed_during_a_late_write_is_taken_back_although_the_tier_is_left_alone(
+    processes: Processes,
+) -> None:
+    writer, remover = processes.client(lends=1 << 20), processes.client()
+    tier, counters = SlowTier(keeps_first=False), Counters()
+    (one,) = LowerTiers(
+        [tier], LAYOUT.fingerprint, counters, deadline_s=0.0
+    ).apart()  # whatever it does is late
+    queue = TierQueue(stored(writer), one, 8, Counters())
+    queue.accept(KEYS[1:2])
+    assert tier.putting.wait(DEADLINE_S)
+    remove(Pool(remover, Counters(), LAYOUT, "model", "shm:0"), tier)
+    tier.go.set()
+    assert queue.flush(DEADLINE_S)
+    assert not one.is_available
+    eventually(lambda: tier.contains(KEYS[1:2]) == [False], "it was taken back")
+    queue.close()
 
 
 @pytest.mark.parametrize("keeps_first", [False, True], ids=["before its write", "after its write"])

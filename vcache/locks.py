@@ -143,10 +143,10 @@ def _identity(found: os.stat_result) -> tuple[int, int]:
 
 
 def _identity_of(path: Path) -> tuple[int, int] | None:
-    """None if no file is there, or none that we can get at."""
+    """None if no file is there, nor a directory that it could be in."""
     try:
         return _identity(os.stat(path))
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

@@ -11,6 +11,7 @@ from integration.vllm.done import Done, Work
 from integration.vllm.groups import Groups
 from integration.vllm.hits import first_needed, longest_hit
 from integration.vllm.messages import Fetch, Orders, Place
+from integration.vllm.pools import started
 from vcache.engine.stats import Cause, Counters
 from vcache.kernels.affinity import use_all_cores
 
@@ -39,7 +40,7 @@ class Fetcher:
         self._patience_s = patience_s
         self._counters = counters
         self._done = done
-        self._threads = ThreadPoolExecutor(_THREADS, "vcache-fetch", initializer=use_all_cores)
+        self._threads = started(ThreadPoolExecutor(_THREADS, "vcache-fetch", use_all_cores), _THREADS)
 
     def begin(self, orders: Orders) -> None:
         """Begin to bring chunks up; requests that want them are not scheduled yet."""

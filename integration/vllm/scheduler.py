@@ -38,7 +38,7 @@ _PINNED_SHARE_MAX = 0.5
 
 
 class SchedulerHalf:
-    """Answers vLLM's scheduler. Used by one thread; what it asks of the pool is asked by others."""
+    """Answers vLLM's scheduler. Used by one thread, which asks the pool itself and waits up to a deadline."""
 
     def __init__(
         self,
@@ -147,8 +147,11 @@ class SchedulerHalf:
             return
         self._let_go(tracked)
         if tracked.is_confirmed:
-            self._captures.capture(tracked, tracked.processed, tables, self._loads.arriving())
-            self._captures.confirm(tracked)
+            try:
+                self._captures.capture(tracked, tracked.processed, tables, self._loads.arriving())
+                self._captures.confirm(tracked)
+            finally:
+                self._captures.drop(tracked)
         self._captures.drop(tracked)
 
     # -- hits
@@ -218,7 +221,7 @@ class SchedulerHalf:
             self._counters.failed(Cause.NO_SERVER, "there is no connection to the metadata server")
             tracked.missed_at_s = time.monotonic()
             return False
-        if self._owes_clear and not self._cleared():
+        if self._owes_clear or self._fetches.busy:  # what was there before a reset may still be there
             tracked.missed_at_s = time.monotonic()
             return False
         hashes = tuple(tracked.request.block_hashes[: end * self._groups.hashes_per_chunk])
@@ -282,6 +285,8 @@ class SchedulerHalf:
             self._capture_step(step)
         except Exception:  # nothing is stored then; but loads must not get lost, for vLLM counts on them
             _log.exception("saves were given up")
+        if self._owes_clear and self._keys.complete and self._client.connected:
+            self._cleared()
         fetches, forget = self._fetches.take_orders()
         self._patience_s = self._lookup_deadline_s
         return Orders(
@@ -330,7 +335,7 @@ class SchedulerHalf:
     def reset(self) -> bool:
         """Never find again what was stored until now; False if that cannot be promised now.
 
-        Without a server the pool is emptied when there is one again, and nothing is loaded before.
+        Without a server the pool is emptied in the first step with one, and nothing is loaded before.
         """
         for tracked in self._tracked.values():
             self._let_go(tracked)
@@ -339,7 +344,8 @@ class SchedulerHalf:
             return False
         if self._keys.private:
             self._keys.rotate()
-        elif self._keys.complete and not self._cleared():
+        elif not self._keys.complete or not self._cleared():
+            self._owes_clear = True
             self._fetches.forget()
         for tracked in self._tracked.values():  # what they have computed is of before
             self._captures.bar(tracked)
@@ -352,7 +358,6 @@ class SchedulerHalf:
         except (Unavailable, ServerError) as error:
             if not self._owes_clear:
                 _log.warning("the pool is reset once there is a server, and nothing loaded before: %s", error)
-            self._owes_clear = True
             return False
         self._owes_clear = False
         self._fetches.forget()

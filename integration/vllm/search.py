@@ -17,6 +17,7 @@ from integration.vllm.groups import Groups
 from integration.vllm.hits import first_needed, longest_hit
 from integration.vllm.keys import ChunkKeys
 from integration.vllm.messages import Place
+from integration.vllm.pools import started
 from vcache.client import Acquiring, Client, Grant
 from vcache.engine.stats import Cause, Counters
 from vcache.errors import LocalStateError, ServerError, Unavailable
@@ -130,14 +131,15 @@ class Searches:
         self._groups = groups
         self._keys = keys
         self._counters = counters
-        self._threads = ThreadPoolExecutor(_SEARCH_THREADS, thread_name_prefix="vcache-search")
+        self._threads = started(ThreadPoolExecutor(_SEARCH_THREADS, "vcache-search"), _SEARCH_THREADS)
 
     def begin(self, wanted: Wanted, within_s: float) -> Future[Pinned]:
         """Look for it, in this thread for up to `within_s`, then in another one; what the future gives has to
         be released.
         """
         question = _Question()
-        pinned = self._answer(wanted, question, within_s)
+        # Without patience nothing is asked here: each question that is left open keeps a channel of its own.
+        pinned = self._answer(wanted, question, within_s) if within_s > 0 else None
         if pinned is None:
             try:
                 return self._threads.submit(self._finish, wanted, question)
@@ -183,6 +185,9 @@ class Searches:
         except Exception as error:  # of ours: a miss for vLLM
             _log.exception("a search failed")
             self._counters.failed(Cause.MALFORMED, repr(error))
+        except BaseException:  # an interrupt
+            question.give_up()
+            raise
         self.give_back(question.give_up())
         return self.nothing(wanted.first)
 

@@ -23,6 +23,7 @@ from integration.vllm.groups import Groups, is_replicated
 from integration.vllm.identity import group_identity, model_identity, page_format
 from integration.vllm.layer_waits import LayerWaits
 from integration.vllm.messages import Identity, Load, LoadPart, Orders, Place, Report, Save, SavePart
+from integration.vllm.pools import started
 from integration.vllm.settings import Configured
 from integration.vllm.stats import Observed
 from integration.vllm.tensors import GroupPages, attention_of, describe_pages
@@ -99,8 +100,8 @@ class WorkerHalf:
         self._mapped_for = 0
         self._map_again_at_s = 0.0
         self._idle = False
-        self._loader = ThreadPoolExecutor(1, "vcache-load", initializer=use_all_cores)
-        self._saver = ThreadPoolExecutor(1, "vcache-save", initializer=use_all_cores)
+        self._loader = started(ThreadPoolExecutor(1, "vcache-load", use_all_cores), 1)
+        self._saver = started(ThreadPoolExecutor(1, "vcache-save", use_all_cores), 1)
 
     # -- beginning and end
 
@@ -197,10 +198,6 @@ class WorkerHalf:
     def start_loads(self, orders: Orders) -> None:
         """Begin the step's loads, and wait for those that the step itself needs."""
         self._idle = orders.idle
-        self._keep_mapped()
-        if orders.tell and self._identity is not None:
-            self._done.tell(self._identity)
-        self._fetcher.begin(orders)
         self._done.begin(Work.LOAD, len(orders.loads))
         for load in orders.loads:
             if load.is_async or self._layerwise:
@@ -208,6 +205,11 @@ class WorkerHalf:
         for load in orders.loads:
             if not (load.is_async or self._layerwise):
                 self._load_here(load)
+        # Behind the loads, on which vLLM counts whatever else fails.
+        if orders.tell and self._identity is not None:
+            self._done.tell(self._identity)
+        self._fetcher.begin(orders)
+        self._keep_mapped()
 
     def _load_here(self, load: Load) -> None:
         """Carry it out in this thread: the step waits for it anyhow, and a thread's turn takes its time."""

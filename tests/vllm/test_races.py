@@ -201,14 +201,27 @@ def test_a_reset_without_a_server_is_made_good_before_anything_is_loaded() -> No
     half.new_request(other)
     assert half.matched_tokens(other, 0) == (0, False) and len(half.answers) == 2
     half.pool.answers = True
+    assert half.step({}).forget and half.pool.clears == 1  # also what came down from the pool meanwhile
     third = request_of("third", 102)
     half.new_request(third)
-    half.matched_tokens(third, 0)
-    assert half.pool.clears == 1 and len(half.answers) == 1
-    assert half.step({}).forget  # what came down from the pool meanwhile
+    assert half.matched_tokens(third, 0) == (0, False) and len(half.answers) == 2  # still being forgotten
+    half.reported(Report(forgotten=1))
     fourth = request_of("fourth", 102)
     half.new_request(fourth)
     half.matched_tokens(fourth, 0)
+    assert len(half.answers) == 1
+    half.step({})
+    assert half.pool.clears == 1
+
+
+def test_a_reset_before_the_workers_are_known_is_made_good_when_they_are() -> None:
+    half = Scheduling()
+    identities, half._keys.identities = half._keys.identities, {}
+    assert half.reset()
+    half.step({})
+    assert half.pool.clears == 0
+    half.hear(identities)
+    half.step({})
     assert half.pool.clears == 1
 
 

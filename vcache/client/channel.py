@@ -106,21 +106,21 @@ class Asked:
             now_s = time.monotonic()
             if self._connection.ended:
                 raise Unavailable("the connection to the metadata server was lost")
-            if now_s >= self._deadline_s:
-                timeout_ms = self._connection.timeout_ms
-                raise Unavailable(f"the metadata server did not answer within {timeout_ms} ms")
             left_s = min(self._deadline_s, until_s) - now_s
-            if left_s <= 0:
-                return None
-            wait_ms = self._slice_ms if left_s * 1e3 >= self._slice_ms else math.ceil(left_s * 1e3)
-            if now_s >= self._send_at_s and not self._send():
+            wait_ms = max(0, min(self._slice_ms, math.ceil(left_s * 1e3)))
+            if left_s > 0 and now_s >= self._send_at_s and not self._send():
                 self._channel.socket.poll(wait_ms, zmq.POLLOUT)
                 continue
-            message = self._channel.receive(wait_ms)
+            message = self._channel.receive(wait_ms)  # also when time is up: it may have come long ago
             if message is not None:
                 answer = decode_answer(message)
                 if answer.rid == self._rid:
                     return answer.body
+            elif now_s >= self._deadline_s:
+                timeout_ms = self._connection.timeout_ms
+                raise Unavailable(f"the metadata server did not answer within {timeout_ms} ms")
+            elif left_s <= 0:
+                return None
 
     def _send(self) -> bool:
         """False while the channel takes nothing: a new one takes a moment to connect."""

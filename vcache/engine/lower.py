@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -57,7 +58,7 @@ class LowerTiers:
 
     def apart(self) -> list[OneTier]:
         """Each tier by itself, for who writes."""
-        return [OneTier(calls, self._layout, self._lanes) for calls in self._calls]
+        return [OneTier(calls, self._layout, self._lanes, self.passages) for calls in self._calls]
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
         """Of each key, whether some tier has it."""
@@ -118,10 +119,11 @@ class LowerTiers:
 class OneTier:
     """One lower tier, for the thread that writes it."""
 
-    def __init__(self, calls: TierCalls, layout: bytes, lanes: Lanes) -> None:
+    def __init__(self, calls: TierCalls, layout: bytes, lanes: Lanes, passages: Passages) -> None:
         self._calls = calls
         self._layout = layout
         self._lanes = lanes
+        self._passages = passages
 
     @property
     def name(self) -> str:
@@ -143,13 +145,19 @@ class OneTier:
         put = partial(self._calls.tier.put, key, chunk, layout or self._layout, expires_ms)
         return self._calls.write(put)
 
+    def writing(self, key: bytes) -> AbstractContextManager[None]:
+        """Put a chunk in this block, and perhaps take it back: meanwhile it is not brought up from here."""
+        return self._passages.closed([key])
+
+    def take_back(self, key: bytes) -> None:
+        """Forget a chunk that was put and must not stay, also while the tier is left alone: then once it
+        answers again.
+        """
+        self._calls.insist(partial(self._calls.tier.remove, [key]))
+
     def has(self, key: bytes) -> bool:
         """Whether it has a chunk."""
         return bool(self._calls.ask(partial(self._calls.tier.contains, [key]), [False])[0])
-
-    def remove(self, keys: Sequence[bytes]) -> int:
-        """Forget chunks in it."""
-        return self._calls.ask(partial(self._calls.tier.remove, list(keys)), 0)
 
 
 def _cleared(tier: Tier) -> bool:

@@ -29,19 +29,21 @@ def promote(
     Those that were forgotten since the passage was opened are not: their extents are given back.
     """
     promoted = 0
-    with passage.ending() as forgotten:
-        kept = [at for at, key in enumerate(keys) if key not in forgotten]
-        for ttl_ms, which in groupby(kept, key=lambda at: ttl_left_ms(found[at])):
-            at = list(which)
-            outcomes = pool.commit(
-                reservation.extents[[extents[i] for i in at]],
-                [keys[i] for i in at],
-                [sizes[i] for i in at],
-                reservation.lineage,
-                ttl_ms=ttl_ms,
-            )
-            promoted += outcomes.count(Outcome.COMMITTED)
-    pool.abort(reservation.extents[[extents[at] for at in range(len(keys)) if at not in kept]])
+    bound: set[int] = set()
+    for ttl_ms, which in groupby(range(len(keys)), key=lambda at: ttl_left_ms(found[at])):
+        with passage.ending() as forgotten:
+            at = [each for each in which if keys[each] not in forgotten]
+            if at:
+                outcomes = pool.commit(
+                    reservation.extents[[extents[i] for i in at]],
+                    [keys[i] for i in at],
+                    [sizes[i] for i in at],
+                    reservation.lineage,
+                    ttl_ms=ttl_ms,
+                )
+                promoted += outcomes.count(Outcome.COMMITTED)
+        bound.update(at)
+    pool.abort(reservation.extents[[extents[at] for at in range(len(keys)) if at not in bound]])
     return promoted
 
 

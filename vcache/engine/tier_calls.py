@@ -103,13 +103,17 @@ class TierCalls:
             hangs = since_s is not None and self._clock() - since_s > self._deadline_s
             return not self._breaker.is_open and not hangs
 
-    def begin(self, request: Callable[[], Answer]) -> Call[Answer] | None:
-        """Have a thread make a call; None if the tier is left alone, or all its threads are taken."""
+    def begin(self, request: Callable[[], Answer], *, insists: bool = False) -> Call[Answer] | None:
+        """Have a thread make a call; None if the tier is left alone, or all its threads are taken.
+
+        insists: not to be left out; None only once this is closed.
+        """
         call: Call[Answer] = Call(request)
         with self._guard:
             if self._is_closed:  # no thread would take it
                 return None
-            if self._busy >= 2 * TIER_READERS or not self._breaker.admits(self._clock()):
+            is_taken = self._busy >= 2 * TIER_READERS
+            if not insists and (is_taken or not self._breaker.admits(self._clock())):
                 self._counters.add(tier_skipped_calls=1)
                 return None
             self._busy += 1
@@ -138,6 +142,15 @@ class TierCalls:
         """`begin` and `finish`."""
         deadline_s = self.deadline_s()
         return self.finish(self.begin(request), otherwise, deadline_s)
+
+    def insist(self, request: Callable[[], int]) -> None:
+        """As `ask`, but the call is made in any case: now, or when the tier answers again."""
+        deadline_s = self.deadline_s()
+        call = self.begin(request, insists=True)
+        if call is None:  # closed: there are no threads any more
+            call = Call(request)
+            call.carry_out()
+        self.finish(call, 0, deadline_s)
 
     def write(self, request: Callable[[], bool]) -> bool:
         """Make a write in this thread, for as long as it takes; whether it was done. For one thread only."""

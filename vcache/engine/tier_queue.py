@@ -187,8 +187,8 @@ class TierQueue:
             self._give_back(waiting)
 
     def remove(self, key: bytes) -> None:
-        """Forget a chunk in the tier itself."""
-        self._tier.remove([key])
+        """Forget a chunk in the tier itself, at the latest when it answers again."""
+        self._tier.take_back(key)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until nothing waits any more; whether that came true."""
@@ -263,30 +263,36 @@ class TierQueue:
         what is taken back was not evicted; only where pins ended before their time (LOST) it might have been,
         and that costs a miss. Write-back is told by the server, when the copy ends (`Client.moved`).
         """
-        extents, grant = waiting.grant.extents, waiting.grant
+        grant = waiting.grant
         expires_ms = self._expires_ms() if waiting.expires_ms is None else waiting.expires_ms
-        is_saved = waiting.layout is not None
         kept = new = 0
         for at, key in enumerate(waiting.keys):
             if key in self._forgotten or grant.standing(at) is Standing.REMOVED:
                 continue
-            part = extents[at : at + 1]
-            with self._pool.borrowed(part, part["length"].tolist(), grant.lineage) as views:
-                # Intact and borrowed now: then pin and memory stay as they are until they are given back.
-                if views[0] is None or not self._pool.intact(grant, at, at + 1):
-                    self._counters.add(tier_dropped_chunks=len(waiting.keys) - at)
-                    return _Kept(kept, new)
-                # What came from below and goes down again is there already.
-                is_there = is_saved and self._tier.has(key)
-                is_kept = is_there or self._tier.put(key, views[0], expires_ms, waiting.layout)
-            kept += is_kept
-            if is_there:
-                continue
-            new += is_kept
-            self._counters.add(**{"tier_written_chunks" if is_kept else "tier_refused_chunks": 1})
-            if key in self._forgotten or not (is_saved or grant.standing(at) is Standing.THERE):
-                self._tier.remove([key])
+            with self._tier.writing(key):
+                kept_one = self._write_one(waiting, at, expires_ms)
+            if kept_one is None:
+                self._counters.add(tier_dropped_chunks=len(waiting.keys) - at)
+                break
+            kept, new = kept + kept_one.chunks, new + kept_one.new
         return _Kept(kept, new)
+
+    def _write_one(self, waiting: _Waiting, at: int, expires_ms: int) -> _Kept | None:
+        """Write one chunk, and take it back if it was removed meanwhile; None if it is out of reach."""
+        key, grant, is_saved = waiting.keys[at], waiting.grant, waiting.layout is not None
+        part = grant.extents[at : at + 1]
+        with self._pool.borrowed(part, part["length"].tolist(), grant.lineage) as views:
+            # Intact and borrowed now: then pin and memory stay as they are until they are given back.
+            if views[0] is None or not self._pool.intact(grant, at, at + 1):
+                return None
+            # What came from below and goes down again is there already.
+            if is_saved and self._tier.has(key):
+                return _Kept(1, 0)
+            is_kept = self._tier.put(key, views[0], expires_ms, waiting.layout)
+        self._counters.add(**{"tier_written_chunks" if is_kept else "tier_refused_chunks": 1})
+        if key in self._forgotten or not (is_saved or grant.standing(at) is Standing.THERE):
+            self._tier.take_back(key)
+        return _Kept(int(is_kept), int(is_kept))
 
 
 class Saved:

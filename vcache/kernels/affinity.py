@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 import torch
 
@@ -12,10 +13,18 @@ def use_all_cores() -> None:
     if torch.get_num_threads() < 2:
         return
     cores: set[int] = set()
-    for thread in os.listdir("/proc/self/task"):
+    for thread in _threads():
         try:
             cores |= os.sched_getaffinity(int(thread))
         except OSError:  # it has just ended
             continue
     if cores:
-        os.sched_setaffinity(0, cores)
+        with suppress(OSError):  # not allowed here: then it stays where it is
+            os.sched_setaffinity(0, cores)
+
+
+def _threads() -> list[str]:
+    try:
+        return os.listdir("/proc/self/task")
+    except OSError:
+        return []

@@ -204,7 +204,11 @@ class SegmentMemory(ABC):
         with self._state:
             self._check_there()
             if self._tensor is None:
-                self._tensor = self._whole()
+                import torch
+
+                # It is kept: what an engine makes in inference mode nobody may write to outside of that.
+                with torch.inference_mode(mode=False):
+                    self._tensor = self._whole()
             return self._tensor
 
     def _give_back(self) -> None:

@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-PROTOCOL: Final = 3
+PROTOCOL: Final = 4
 """Changes with any message; an owner of another protocol is waited for until it ends."""
 
 

@@ -38,8 +38,8 @@ def read_chunk(fd: int, into: memoryview, helper: Helper | None = None) -> int |
             checksums.append(checksum)
         return checksum_of_pieces(checksums)
     pieces = Pieces(fd, into, helper.clock)
-    helper.help_with(pieces)
     try:
+        helper.help_with(pieces)
         return pieces.read()
     finally:
         pieces.end()
@@ -140,10 +140,12 @@ def idle_processors(count: int | None = None) -> int:
     runs on a host beside this machine's share of it counts as here.
     """
     try:
-        running, _, _ = os.pread(_load(), 64, 0).split()[3].partition(b"/")
-    except OSError:
+        running = int(os.pread(_load(), 64, 0).split()[3].partition(b"/")[0])
+    except (OSError, ValueError, IndexError):
         return -1
-    return (len(os.sched_getaffinity(0)) if count is None else count) - int(running)
+    if running < 1:  # whoever asks runs: this kernel does not count
+        return -1
+    return (len(os.sched_getaffinity(0)) if count is None else count) - running
 
 
 class Helper:
@@ -164,7 +166,7 @@ class Helper:
 
     def is_free(self) -> bool:
         """Whether it helps with a chunk now: if so, `help_with` it."""
-        if self._resting_chunks:
+        if self._resting_chunks > 0:
             self._resting_chunks -= 1
             return False
         return self._idle() > 0 and self._is_busy.acquire(blocking=False)
@@ -193,6 +195,8 @@ class Helper:
             pieces = self._asked.get()
             if pieces is None:
                 return
-            pieces.help(lambda: self._idle() >= 0)
-            del pieces
-            self._is_busy.release()
+            try:
+                pieces.help(lambda: self._idle() >= 0)
+            finally:
+                del pieces
+                self._is_busy.release()
