@@ -70,7 +70,7 @@ def test_an_answer_is_waited_for_in_several_goes(pool: Pool) -> None:
         asked = [client.begin_acquire([key(number)], layout=LAYOUT, pin=True) for number in (1, 2)]
         assert [each.result(0.0) for each in asked] == [None, None]
         assert asked[0].result(0.001) is None
-    late = asked[1]._asked
+    late = asked[0]._asked
     assert late._channel.socket.poll(DEADLINE_S * 1e3)
     late._deadline_s = 0.0  # nobody looked in time: what has come counts all the same
     grants = [each.result() for each in asked[::-1]]
