@@ -59,7 +59,8 @@ class Channel:
 class Asked:
     """A request whose answer may be waited for in several goes. Used by one thread at a time.
 
-    It was sent, or will be while it is waited for: a new channel takes a moment to connect. Whoever does not wait for the answer, nor for an exception, gives up.
+    It was sent, or will be while it is waited for: a new channel takes a moment to connect. Whoever does not
+    wait for the answer, nor for an exception, gives up.
     """
 
     def __init__(self, connection: Connection, channel: Channel, frame: bytes, rid: int) -> None:
