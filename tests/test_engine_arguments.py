@@ -17,7 +17,8 @@ from vcache.engine import VCacheEngine
 from vcache.engine.arguments import checked_ids, masked_tokens
 from vcache.errors import ArgumentError, ConfigError, EngineClosed, ForkedProcess, SegmentError
 from vcache.layout import KVLayout
-from vcache.limits import SEGMENT_BYTES_MIN
+from vcache.limits import KIB, SEGMENT_BYTES_MIN
+from vcache.segment import DATA_OFFSET, allocate
 from vcache.tiers import MemoryTier
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_size=4, dtype="float32", chunk_tokens=4)
@@ -255,8 +256,11 @@ def test_an_engine_that_cannot_be_made_leaves_nothing(runtime_dir: Path) -> None
     assert set(threading.enumerate()) <= before
 
 
-def test_the_smallest_segment_that_may_be_configured_can_be_lent(runtime_dir: Path) -> None:
+def test_the_smallest_segment_that_may_be_configured_holds_a_page(runtime_dir: Path) -> None:
     alone(runtime_dir, segment={"size": SEGMENT_BYTES_MIN}).close()
+    with allocate("shm:0", SEGMENT_BYTES_MIN) as segment:
+        room = SEGMENT_BYTES_MIN - DATA_OFFSET
+        assert room >= 4 * KIB and len(segment.view(DATA_OFFSET, room)) == room
 
 
 def test_a_segment_larger_than_the_memory_is_refused_at_once(runtime_dir: Path) -> None:

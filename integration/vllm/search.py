@@ -186,7 +186,7 @@ class Searches:
             _log.exception("a search failed")
             self._counters.failed(Cause.MALFORMED, repr(error))
         except BaseException:  # an interrupt
-            question.give_up()
+            self.give_back(question.give_up())
             raise
         self.give_back(question.give_up())
         return self.nothing(wanted.first)
