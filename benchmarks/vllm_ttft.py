@@ -49,7 +49,7 @@ MODELS = {"GQA4": 4, "MHA16": 16}
 LAYERS, HEAD_SIZE = 8, 64
 WARM_UP = 4
 AWAKE_TRIES = 5
-COLD_MORE = {512: 10, 1024: 6, 2048: 3, 3000: 2}
+COLD_MORE = {512: 10, 1024: 6, 2048: 4, 3000: 8}
 """Prompts that are only computed and stored: a ratio of two servers needs many to be worth anything."""
 
 CHATS, TURNS, TURN_TOKENS, ANSWER_TOKENS = 6, 4, 400, 16
