@@ -160,7 +160,7 @@ def test_readers_while_everything_is_evicted_and_rewritten(pool: Pool, lender: W
     for reader in readers:
         seen.update(reader.result())
     assert sum(writer.result() for writer in writers) > 0
-    # How many fences break is up to the machine (tests/test_engine_failures.py breaks one on purpose).
+    # How many fences break is up to the machine (tests/engine/test_failures.py breaks one on purpose).
     assert seen["wrong"] == 0, seen
     assert seen["hit"] > 0, seen
     assert_all_usable(pool, lender)

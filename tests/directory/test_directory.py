@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from metadata_server.errors import Refusal
+from tests.directory.conftest import ROOM
 from tests.support.pool import (
     DATA_OFFSET,
     SECOND,
@@ -25,17 +25,6 @@ from tests.support.pool import (
 from vcache import limits, protocol
 from vcache.limits import KIB, MIB
 from vcache.protocol import EXTENT, Outcome
-
-ROOM = 8
-"""Extents of 4 KiB that a pool of the fixture holds."""
-
-
-@pytest.fixture
-def pool(tmp_path: Path) -> Iterator[Pool]:
-    pool = Pool(tmp_path / "extents", segments=(ROOM * 4 * KIB,))
-    yield pool
-    pool.close()
-
 
 # --- writing ------------------------------------------------------------------------------------------------
 

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 
 from tests.processes.content import PagedPrompt
-from tests.processes.pool import Pool
 from tests.processes.worker import DEADLINE_S
-from tests.support.engines import CHUNK, make
+from tests.support.engines import CHUNK
 from vcache.engine import VCacheEngine
 from vcache.engine.handles import Gate, Operations
 from vcache.errors import EngineClosed
 from vcache.limits import ASYNC_OPERATIONS_MAX
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with Pool() as running:
-        running.start_server()
-        yield running
-        running.check()
-
-
-@pytest.fixture(scope="module")
-def engine(pool: Pool) -> Iterator[VCacheEngine]:
-    with make(pool, size="16MiB") as made:
-        yield made
 
 
 def test_handles_are_done_when_the_copy_is(engine: VCacheEngine) -> None:

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from metadata_server.directory import Policy
+from tests.directory.conftest import ROOM
 from tests.support.pool import Pool, keys, layout, make, namespace
 from vcache import limits, protocol
 from vcache.limits import KIB, MIB
 from vcache.protocol import EXTENT, Outcome
-
-ROOM = 8
-"""Extents of 4 KiB that a pool of the fixture holds."""
-
-
-@pytest.fixture
-def pool(tmp_path: Path) -> Iterator[Pool]:
-    pool = Pool(tmp_path / "extents", segments=(ROOM * 4 * KIB,))
-    yield pool
-    pool.close()
-
 
 # --- room ---------------------------------------------------------------------------------------------------
 

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from metadata_server.directory import NS, Policy
 from metadata_server.errors import Refusal
+from tests.directory.conftest import ROOM
 from tests.support.pool import Pool, handles, keys, layout, lengths, make, namespace
 from vcache import limits, protocol
 from vcache.errors import RemoteProtocolError
 from vcache.limits import KIB, MIB
 from vcache.protocol import ErrorCode, Extents, Outcome
 from vcache.table import State
-
-ROOM = 8
-"""Extents of 4 KiB that a pool of the fixture holds."""
-
-
-@pytest.fixture
-def pool(tmp_path: Path) -> Iterator[Pool]:
-    pool = Pool(tmp_path / "extents", segments=(ROOM * 4 * KIB,))
-    yield pool
-    pool.close()
-
 
 GOOD = {"handles": b"", "keys": b"", "lengths": b"", "namespace": namespace(1)}
 REFUSED: dict[str, tuple[protocol.Request, str]] = {

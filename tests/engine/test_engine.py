@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,23 +17,9 @@ from vcache.layout import KVLayout
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with Pool() as running:
-        running.start_server()
-        yield running
-        running.check()
-
-
-@pytest.fixture(scope="module")
 def peer(pool: Pool) -> Worker:
     """An engine in another process, whose segment is on another device."""
     return pool.engine(device="shm:1", size="4MiB")
-
-
-@pytest.fixture(scope="module")
-def engine(pool: Pool) -> Iterator[VCacheEngine]:
-    with make(pool, size="16MiB") as made:
-        yield made
 
 
 # -- between processes
