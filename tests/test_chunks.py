@@ -246,6 +246,35 @@ def test_write_back_writes_what_has_to_go(pool: Pool) -> None:
     client.check()
 
 
+def test_a_draft_waits_for_what_is_copied_before_it_goes(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tier(MemoryTier):
+        """Keeps nothing before a draft waits for it."""
+
+        def put(self, *given: Any) -> bool:
+            return waited.wait(20) and super().put(*given)
+
+    class Never(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waited.set()
+            return super().wait(timeout)
+
+    waited, tier = threading.Event(), Tier(1 << 24)
+    client = pool.client(lends=1 << 20)
+    chunks = chunks_of(client, tiers=[tier], tier_queue_chunks=16, write_back=True)
+    monkeypatch.setattr(chunks._pool, "_never", Never())
+    number = 0
+
+    def a_draft_waits() -> bool:
+        nonlocal number
+        number += 1
+        assert len(write(chunks, [number])) == 1
+        return waited.is_set()
+
+    eventually(a_draft_waits, "a draft waits")
+    chunks.close()
+    client.check()
+
+
 def test_what_was_below_already_stays_there_when_the_server_ends(pool: Pool) -> None:
     class Tier(MemoryTier):
         """Has all chunks of old; the server ends while it is asked for the first one."""

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.processes.worker import DEADLINE_S, eventually
-from vcache.engine.lower import Late, LowerTiers, ttl_left_ms
+from vcache.engine.lower import LowerTiers, ttl_left_ms
 from vcache.engine.stats import Counters
 from vcache.engine.tier_breaker import TierBreaker
 from vcache.engine.tier_calls import TierCalls
@@ -59,15 +59,15 @@ def test_some_failures_in_sequence_open_it_and_one_call_tries_again() -> None:
     for _ in range(TIER_FAILURES_MAX - 1):
         assert breaker.admits(0.0)
         breaker.failed(0.0, late=False)
-    assert not breaker.is_open
+    assert breaker.would_admit(0.0)
     breaker.failed(0.0, late=False)
-    assert breaker.is_open
+    assert not breaker.would_admit(0.0)
     assert not breaker.admits(TIER_PAUSE_MIN_S / 2)
     assert breaker.admits(TIER_PAUSE_MIN_S)
     assert not breaker.admits(TIER_PAUSE_MIN_S), "one at a time"
+    assert not breaker.would_admit(TIER_PAUSE_MIN_S)
     breaker.succeeded()
-    assert not breaker.is_open
-    assert breaker.admits(TIER_PAUSE_MIN_S)
+    assert breaker.would_admit(0.0) and breaker.admits(TIER_PAUSE_MIN_S)
 
 
 def test_a_success_in_between_begins_the_count_anew() -> None:
@@ -75,7 +75,7 @@ def test_a_success_in_between_begins_the_count_anew() -> None:
     for _ in range(5 * TIER_FAILURES_MAX):
         breaker.failed(0.0, late=False)
         breaker.succeeded()
-    assert not breaker.is_open
+    assert breaker.would_admit(0.0)
 
 
 def test_one_late_call_opens_it_and_pauses_grow_to_their_bound() -> None:
@@ -101,7 +101,7 @@ def test_it_never_stays_open_for_good(events: list[str]) -> None:
         elif breaker.admits(now_s):
             if event == "fine":
                 breaker.succeeded()
-                assert not breaker.is_open
+                assert breaker.would_admit(now_s)
             else:
                 breaker.failed(now_s, late=event == "late")
     assert breaker.admits(now_s + TIER_PAUSE_MAX_S)
@@ -114,19 +114,19 @@ def test_a_late_read_returns_and_its_memory_stays_lent(tier: HangingTier) -> Non
     counters = Counters()
     lower = LowerTiers([tier], LAYOUT, counters, deadline_s=0.01)
     into, over = torch.zeros(8, dtype=torch.uint8), threading.Event()
-    answer = lower.get(key(1), into)
-    assert isinstance(answer, Late)
-    assert not answer
-    answer.when_over(over.set)
+    read = lower.read(key(1), into)
+    assert read.is_over, "it has not begun"
+    assert read.found() is None and not read.is_over
+    read.when_over(over.set)
     assert not over.is_set()
-    assert lower.get(key(1), into) is None, "left alone"
+    assert lower.read(key(1), into).found() is None, "left alone"
     counted = counters.snapshot()
     assert (counted["tier_late_calls"], counted["tier_skipped_calls"], counted["failed_tier"]) == (1, 1, 1)
     tier.go.set()
     assert over.wait(DEADLINE_S)
     again = threading.Event()
-    answer.when_over(again.set)
-    assert again.is_set(), "it is over already"
+    read.when_over(again.set)
+    assert again.is_set() and read.is_over
 
 
 def test_no_other_tier_writes_where_a_late_one_still_may(tier: HangingTier) -> None:
@@ -134,9 +134,10 @@ def test_no_other_tier_writes_where_a_late_one_still_may(tier: HangingTier) -> N
     other.put(key(1), torch.full((8,), 7, dtype=torch.uint8), LAYOUT)
     lower = LowerTiers([tier, other], LAYOUT, Counters(), deadline_s=0.01)
     into = torch.zeros(8, dtype=torch.uint8)
-    assert isinstance(lower.get(key(1), into), Late)
+    assert lower.read(key(1), into).found() is None
     assert not into.any()
-    assert lower.get(key(1), torch.zeros(8, dtype=torch.uint8)) == Found(), "the other one, from now on"
+    found = lower.read(key(1), torch.zeros(8, dtype=torch.uint8)).found()
+    assert found == Found(), "the other one, from now on"
 
 
 def test_a_write_that_hangs_makes_the_tier_unavailable_until_it_returns(tier: HangingTier) -> None:
@@ -180,6 +181,64 @@ def test_what_is_asked_after_the_end_is_a_miss_at_once(tier: HangingTier) -> Non
     calls.close()
     assert calls.begin(lambda: True) is None
     assert not calls.ask(lambda: True, False)
+
+
+def test_a_process_that_may_have_no_more_threads_misses_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    counters, tier = Counters(), MemoryTier(64)
+    lower = LowerTiers([tier], LAYOUT, counters, deadline_s=DEADLINE_S)
+    assert lower.put(key(1), torch.zeros(8, dtype=torch.uint8))
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        assert lower.contains([key(1)]) == [False]
+        assert lower.read(key(1), torch.zeros(8, dtype=torch.uint8)).found() is None
+        assert counters.snapshot()["tier_skipped_calls"] == 2
+        lower.apart()[0].take_back(key(1))  # which must not be left out: it is done here and now
+        assert len(tier) == 0
+        assert lower.put(key(2), torch.zeros(8, dtype=torch.uint8))
+    assert lower.contains([key(1), key(2)]) == [False, True]
+    lower.close()
+
+
+def test_what_a_tier_must_do_it_does_once_it_answers() -> None:
+    class Down(MemoryTier):
+        """Removes nothing while it is down."""
+
+        is_down = True
+
+        def remove(self, keys: Sequence[bytes]) -> int:
+            if self.is_down:
+                raise ConnectionResetError
+            return super().remove(keys)
+
+    tier = Down(64)
+    lower = LowerTiers([tier], LAYOUT, Counters(), deadline_s=DEADLINE_S)
+    assert lower.put(key(1), torch.zeros(8, dtype=torch.uint8))
+    lower.apart()[0].take_back(key(1))
+    assert lower.contains([key(1)]) == [True], "which makes the tier try again, in vain"
+    tier.is_down = False
+    eventually(lambda: lower.contains([key(1)]) == [False], "it is removed")
+    lower.close()
+
+
+def test_a_tier_that_is_only_written_is_tried_again_after_its_pause(tier: HangingTier) -> None:
+    now_s = 0.0
+    calls = TierCalls(tier, Counters(), 1.0, clock=lambda: now_s)
+
+    def late() -> bool:
+        nonlocal now_s
+        now_s += 2.0
+        return True
+
+    assert calls.write(late)
+    assert not calls.is_available
+    now_s += TIER_PAUSE_MIN_S
+    assert calls.is_available, "nobody but its writer asks it"
+    assert calls.write(lambda: True)
+    now_s = 0.0
+    assert calls.is_available
 
 
 class Refusing(MemoryTier):

@@ -15,10 +15,14 @@ from tests.processes.content import LAYOUT
 from tests.processes.worker import DEADLINE_S, eventually
 from tests.support.lending_client import lending_client
 from vcache.client import Client, Grant
+from vcache.config import load
+from vcache.engine.chunks import Chunks
 from vcache.engine.lower import LowerTiers
 from vcache.engine.pool import Pool
+from vcache.engine.prefetch import Prefetch
 from vcache.engine.stats import Counters
-from vcache.engine.tier_queue import TierQueue
+from vcache.engine.tier_queue import TierQueue, TierQueues
+from vcache.engine.tier_work import TierWork
 from vcache.tiers import MemoryTier
 
 KEYS = [bytes([number]) * 32 for number in range(3)]
@@ -138,6 +142,56 @@ def test_who_stores_hears_nothing_of_threads_that_cannot_be_had(
     queue.accept(KEYS)
     assert queue.chunks == 0 and queue._counters.snapshot()["tier_dropped_chunks"] == len(KEYS)
     queue.close()
+
+
+def test_what_cannot_be_made_leaves_no_thread_behind(
+    client: Client, pool: SlowPool, tier: MemoryTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(room: int) -> Callable[[threading.Thread], None]:
+        """`Thread.start` of a process that may have `room` more threads."""
+        left = iter(range(room))
+
+        def start(thread: threading.Thread) -> None:
+            if next(left, None) is None:
+                raise RuntimeError("can't start new thread")
+            start_thread(thread)
+
+        return start
+
+    def make_chunks() -> object:
+        config = {"layout": LAYOUT, "model": "m", "device": "shm:0", "counters": Counters()}
+        return Chunks(client, tiers=[tier], write_back=True, **config)
+
+    def make_work() -> object:
+        lower = LowerTiers([tier], LAYOUT.fingerprint, Counters())
+        config = load(environ={}, tiers={"policy": "write-back"}).config
+        return TierWork(client, pool, lower, Counters(), config=config, chunk_bytes=LAYOUT.chunk_bytes)
+
+    def make_queues() -> object:
+        lower = LowerTiers([tier, MemoryTier(64, "second")], LAYOUT.fingerprint, Counters())
+        return TierQueues(pool, lower, 8, Counters())
+
+    start_thread = threading.Thread.start
+    before = threading.active_count()
+    for make in (make_chunks, make_work, make_queues):
+        monkeypatch.setattr(threading.Thread, "start", started(1))
+        with pytest.raises(RuntimeError, match="new thread"):
+            make()
+        assert threading.active_count() == before
+
+
+def test_a_prefetch_without_a_thread_waits_for_nothing(
+    pool: SlowPool, tier: MemoryTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    prefetch = Prefetch(pool, LowerTiers([tier], LAYOUT.fingerprint, Counters()), 64, Counters())
+    prefetch.want(KEYS)
+    prefetch.wait_for(KEYS[0], DEADLINE_S)
+    assert not prefetch.has_brought(KEYS[0], DEADLINE_S)
+    prefetch.close()
 
 
 def test_a_queue_ends_although_its_client_has(client: Client, pool: SlowPool, tier: MemoryTier) -> None:

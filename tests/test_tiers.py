@@ -25,9 +25,10 @@ def chunk(value: int, size: int = 8) -> torch.Tensor:
 
 def read(tier: Tier | LowerTiers, number: int, size: int = 8) -> list[int] | None:
     into = torch.zeros(size, dtype=torch.uint8)
-    found = (
-        tier.get(key(number), into) if isinstance(tier, LowerTiers) else tier.get(key(number), into, LAYOUT)
-    )
+    if isinstance(tier, LowerTiers):
+        found = tier.read(key(number), into).found()
+    else:
+        found = tier.get(key(number), into, LAYOUT)
     return into.tolist() if found else None
 
 

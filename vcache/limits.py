@@ -255,6 +255,9 @@ hangs.
 RECORD_HEADER_BYTES: Final = 128
 """The header of a chunk record in a lower tier: it holds 104, and copies of what follows stay aligned."""
 
+TIER_OWED_MAX: Final = 1_024
+"""Chunks that a tier has still to forget once it answers: removed while they were written to it."""
+
 TIER_READERS: Final = 4
 """Threads that read one tier for an engine: enough to keep an SSD or a network busy. Calls that hang take
 them up one by one, and with the last one the tier is out of use until they return.
@@ -293,9 +296,14 @@ TIER_CONNECTIONS_MAX: Final = 8
 TIER_LIST_MAX: Final = 256
 """Rows in one page of a tier's listing: they fit one message."""
 
-RECORD_PIECE_BYTES: Final = 512 * KIB
-"""A chunk record is read and written so much at a time: it is in the processor's cache still when its
+RECORD_PIECE_BYTES_MAX: Final = 512 * KIB
+"""A chunk record is read and written at most so much at a time: it is in the processor's cache still when its
 checksum is computed, and a call of the kernel costs little beside it. Part of the record's format.
+"""
+
+RECORD_PIECE_BYTES_MIN: Final = 64 * KIB
+"""And at least so much, or the rest of the chunk: below it the calls cost as much as the copies. Part of the
+record's format.
 """
 
 TIER_HELP_WAIT_PIECES: Final = 8
@@ -362,8 +370,8 @@ does not end later for it.
 """
 
 MOONCAKE_REACH_S: Final = 1.0
-"""How long Mooncake's master may take to accept a connection before the client is set up, which holds the GIL
-for seconds if there is none.
+"""How long Mooncake's master may take to answer before the client is set up or closed, which holds the GIL
+for half a minute if it does not.
 """
 
 MOONCAKE_FULL_PAUSES_S: Final = (0.01, 0.02, 0.04, 0.08, 0.16)

@@ -36,11 +36,15 @@ class Writing:
             raise ArgumentError("keys", "none", "at least one")
         return self._reserve(Reserve(checked_layout(layout), size, packed_keys(keys), 0, near, patient))
 
-    def reserve_blank(self, count: int, *, layout: bytes, size: int, near: int = 0) -> Reservation:
-        """The right to write `count` extents whose keys are bound at commit, as far as they fit."""
+    def reserve_blank(
+        self, count: int, *, layout: bytes, size: int, near: int = 0, patient: bool = False
+    ) -> Reservation:
+        """The right to write `count` extents whose keys are bound at commit, as far as they fit; else as
+        `reserve`.
+        """
         if count < 1:
             raise ArgumentError("count", count, "at least 1")
-        return self._reserve(Reserve(checked_layout(layout), size, b"", count, near))
+        return self._reserve(Reserve(checked_layout(layout), size, b"", count, near, patient))
 
     def _reserve(self, request: Reserve) -> Reservation:
         if not 0 < request.size < 1 << 32:

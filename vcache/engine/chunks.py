@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
@@ -32,7 +33,7 @@ from vcache.layout import KVLayout
 from vcache.limits import FORM_BYTES, KEYS_PER_REQUEST_MAX, TIER_LOAD_CHUNKS_MAX
 from vcache.protocol import EXTENT, Outcome
 from vcache.segment.pinning import Registrar
-from vcache.tiers import Found, Tier
+from vcache.tiers import Tier
 
 
 class Draft:
@@ -93,16 +94,23 @@ class Chunks:
         """
         self.counters = counters
         self._pool = Pool(client, counters, layout, model, device, registrar)
-        self._lower = LowerTiers(tiers, layout.fingerprint, counters, deadline_s=tier_deadline_s)
-        self._queue = (
-            TierQueues(self._pool, self._lower, tier_queue_chunks, counters, ttl_s=ttl_s) if tiers else None
-        )
-        self._write_back = WriteBack(client, self._queue) if self._queue is not None and write_back else None
         self._synchronise = synchronise
         self._stock = Stock(self._pool, synchronise)
         self._holds = Holds(self._pool)
         self._guard = threading.Lock()
         self._drafts = 0
+        self._lower = LowerTiers(tiers, layout.fingerprint, counters, deadline_s=tier_deadline_s)
+        self._queue: TierQueues | None = None
+        self._is_saving = bool(tiers) and write_back
+        with ExitStack() as made:
+            made.callback(self._stock.drain)
+            made.callback(self._lower.close)
+            if tiers:
+                self._queue = TierQueues(self._pool, self._lower, tier_queue_chunks, counters, ttl_s=ttl_s)
+                made.callback(self._queue.close)
+                if write_back:
+                    made.callback(WriteBack(client, self._queue).close)
+            self._made = made.pop_all()
 
     # -- writing
 
@@ -174,7 +182,7 @@ class Chunks:
         )
         if stale:
             self.counters.failed(Cause.STALE, "extents were taken back before the commit", chunks=stale)
-        if self._queue is not None and self._write_back is None and stored:
+        if self._queue is not None and not self._is_saving and stored:
             self._queue.accept([keys[at] for at in stored])
 
     # -- looking
@@ -277,13 +285,12 @@ class Chunks:
             blanks = self._stock.take(len(below[begin : begin + TIER_LOAD_CHUNKS_MAX]), size)
             loaded: list[tuple[bytes, Blank, int]] = []
             for key, blank in zip(below[begin:], blanks, strict=False):
-                answer = self._lower.get(key, blank.chunk)
-                if isinstance(answer, Found):
-                    loaded.append((key, blank, ttl_left_ms(answer)))
-                elif answer is None:
-                    self._stock.give_back(blank)
-                else:  # the tier may still write to it
-                    answer.when_over(partial(self._stock.give_back, blank))
+                read = self._lower.read(key, blank.chunk)
+                found = read.found()
+                if found is not None:
+                    loaded.append((key, blank, ttl_left_ms(found)))
+                else:  # a tier's call may still write to it
+                    read.when_over(partial(self._stock.give_back, blank))
             for ttl_ms, which in groupby(loaded, key=itemgetter(2)):
                 self._bind([(key, blank) for key, blank, _ in which], size, ttl_ms, passage)
             if len(blanks) < TIER_LOAD_CHUNKS_MAX:
@@ -363,9 +370,4 @@ class Chunks:
 
     def close(self) -> None:
         """End what runs in the background and give the stock back. The client stays the caller's to close."""
-        if self._write_back is not None:
-            self._write_back.close()
-        if self._queue is not None:
-            self._queue.close()
-        self._lower.close()
-        self._stock.drain()
+        self._made.close()

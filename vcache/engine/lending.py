@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import mmap
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import msgspec
 
@@ -51,8 +52,11 @@ class Lending:
         """
         config = msgspec.structs.replace(self._config, device=device or self._config.device)
         client = Client(config, name=name, new_segment=self.source, rank=config.segment.rank)
-        if self.source is not None:
-            SegmentMover(client, self._device)
+        with ExitStack() as undo:
+            undo.callback(client.close)
+            if self.source is not None:
+                SegmentMover(client, self._device)
+            undo.pop_all()
         return client
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -13,23 +14,73 @@ from torch import Tensor
 from vcache.engine.lanes import PAST, Lanes
 from vcache.engine.passages import Passages
 from vcache.engine.stats import Counters
-from vcache.engine.tier_calls import Call, TierCalls
+from vcache.engine.tier_calls import TierCalls
 from vcache.limits import TTL_MS_MAX
 from vcache.tiers import Found, Tier
 
 
-class Late:
-    """A read that was given up: what it reads into is lent until the tier's call has returned."""
+class Read:
+    """One chunk to be read from the tiers, in their order, into memory that is lent to each of their calls.
 
-    def __init__(self, call: Call[Found | None]) -> None:
-        self._call = call
+    Whoever waits for `found` looks afterwards, also after an exception, whether the memory is his again.
+    """
 
-    def __bool__(self) -> bool:
-        return False
+    def __init__(
+        self,
+        tiers: Sequence[TierCalls],
+        get: Callable[[Tier], Found | None],
+        *,
+        lends: bool = True,
+        arrive: Callable[[], object] = int,
+    ) -> None:
+        """lends: False if `get` reads into memory of its own, from which `arrive` brings the chunk."""
+        self._tiers = tiers
+        self._get = get
+        self._lends = lends
+        self._arrive = arrive
+        self._guard = threading.Lock()
+        self._is_lent = False
+        self._then: list[Callable[[], None]] = []
+
+    def found(self) -> Found | None:
+        """What the first tier that could gave; None: none could, or one gave nothing by its deadline."""
+        for calls in self._tiers:
+            self._is_lent = self._lends
+            deadline_s = calls.deadline_s()
+            call = calls.begin(partial(self._carry_out, calls.tier))
+            if call is None:
+                self._is_lent = False
+                continue
+            found = calls.finish(call, None, deadline_s)
+            if found is not None:
+                self._arrive()
+                return found
+            if not call.wait(0):
+                return None  # no other tier may write there now
+        return None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no tier's call writes to the memory, now or later."""
+        return not self._is_lent
 
     def when_over(self, then: Callable[[], None]) -> None:
-        """Call `then` once the memory is the caller's again."""
-        self._call.when_over(then)
+        """Call `then` when that is so: now, or in the thread of the call that has returned."""
+        with self._guard:
+            if self._is_lent:
+                self._then.append(then)
+                return
+        then()
+
+    def _carry_out(self, tier: Tier) -> Found | None:
+        try:
+            return self._get(tier)
+        finally:
+            with self._guard:
+                self._is_lent = False
+                then, self._then = self._then, []
+            for each in then:
+                each()
 
 
 class LowerTiers:
@@ -74,16 +125,16 @@ class LowerTiers:
                 found[at] = bool(there)
         return found
 
-    def get(self, key: bytes, into: Tensor) -> Found | Late | None:
-        """Fill `into` from the first tier that can; not Found if none could. See `Late`."""
+    def read(self, key: bytes, into: Tensor) -> Read:
+        """To fill `into` from the first tier that can."""
         if into.device.type == "cpu":
-            return self._get(key, into)
+            return Read(self._calls, lambda tier: tier.get(key, into, self._layout))
         staged = torch.empty(len(into), dtype=torch.uint8, pin_memory=True)
-        found = self._get(key, staged)
-        if not found:
-            return None  # if it is late, the call itself keeps what it reads into
-        self._lanes.on(into.device).run(lambda: into.copy_(staged, non_blocking=True), PAST).wait()
-        return found
+
+        def arrive() -> None:
+            self._lanes.on(into.device).run(lambda: into.copy_(staged, non_blocking=True), PAST).wait()
+
+        return Read(self._calls, lambda tier: tier.get(key, staged, self._layout), lends=False, arrive=arrive)
 
     def put(self, key: bytes, chunk: Tensor, expires_ms: int = 0) -> bool:
         """Have every tier keep a copy; whether one does."""
@@ -103,17 +154,6 @@ class LowerTiers:
         """Make no more calls; the tiers themselves stay open."""
         for calls in self._calls:
             calls.close()
-
-    def _get(self, key: bytes, into: Tensor) -> Found | Late | None:
-        for calls in self._calls:
-            deadline_s = calls.deadline_s()
-            call = calls.begin(partial(calls.tier.get, key, into, self._layout))
-            found = calls.finish(call, None, deadline_s)
-            if found is not None:
-                return found
-            if call is not None and not call.wait(0):
-                return Late(call)  # no other tier may write there now
-        return None
 
 
 class OneTier:

@@ -57,6 +57,7 @@ class Courier(ABC):
                         for move in moves:
                             self._carry_out(move)
                     if not room:
+                        self._client.offers(below=self._below, limit=0)
                         return
                 except (Unavailable, ServerError) as error:  # a new server rings the bell
                     _log.debug(Line("no offers now", reason=str(error)))

@@ -99,13 +99,12 @@ class Pool:
 
         Waits up to SAVE_WAIT_S for chunks that are being copied before they are evicted for these.
         """
-        reservation = self._reserve(keys, patient=True)
-        deadline_s = time.monotonic() + SAVE_WAIT_S
-        while reservation is not None and reservation.coming:
-            is_late = time.monotonic() > deadline_s
-            if not is_late:
-                self._never.wait(SAVE_LOOK_S)
-            reservation = self._reserve(keys, patient=not is_late)
+
+        def ask(patient: bool) -> Reservation:
+            near, size = self._near(), self._layout.chunk_bytes
+            return self._client.reserve(keys, layout=self._fingerprint, size=size, near=near, patient=patient)
+
+        reservation = self._patiently(ask)
         if reservation is not None and len(reservation.extents) < reservation.wanted:
             got = len(reservation.extents)
             self._counters.failed(
@@ -113,22 +112,33 @@ class Pool:
             )
         return reservation
 
-    def _reserve(self, keys: Sequence[bytes], *, patient: bool) -> Reservation | None:
-        near, size = self._near(), self._layout.chunk_bytes
-        return self._ask(
-            lambda: self._client.reserve(
-                keys, layout=self._fingerprint, size=size, near=near, patient=patient
-            ),
-            None,
-        )
+    def reserve_blank(self, count: int, size: int, spare: int = 0) -> Reservation | None:
+        """The right to write `count` extents of `size` bytes whose keys come later, and of `spare` more that
+        nobody waits for, as far as they fit; None if refused. Waits as `reserve`.
+        """
 
-    def reserve_blank(self, count: int, size: int) -> Reservation | None:
-        """The right to write `count` extents of `size` bytes whose keys come later, as far as they fit."""
-        near = self._near()
-        ask = self._client.reserve_blank
-        reservation = self._ask(lambda: ask(count, layout=self._fingerprint, size=size, near=near), None)
+        def ask(patient: bool, more: int = 0) -> Reservation:
+            near, wanted = self._near(), count + more
+            return self._client.reserve_blank(
+                wanted, layout=self._fingerprint, size=size, near=near, patient=patient
+            )
+
+        reservation = self._ask(partial(ask, True, spare), None) if spare else None
+        if reservation is None or reservation.coming:
+            reservation = self._patiently(ask)
         if reservation is not None and not len(reservation.extents):
             self._counters.failed(Cause.FULL_POOL, "no room for a chunk", chunk_bytes=size)
+        return reservation
+
+    def _patiently(self, ask: Callable[[bool], Reservation]) -> Reservation | None:
+        """What is granted by SAVE_WAIT_S, or then at the cost of what is not copied yet. ask: patiently?"""
+        reservation = self._ask(partial(ask, True), None)
+        deadline_s = time.monotonic() + SAVE_WAIT_S
+        while reservation is not None and reservation.coming:
+            is_late = time.monotonic() > deadline_s
+            if not is_late:
+                self._never.wait(SAVE_LOOK_S)
+            reservation = self._ask(partial(ask, not is_late), None)
         return reservation
 
     def commit(

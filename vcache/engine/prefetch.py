@@ -7,13 +7,10 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
-import numpy as np
-
-from vcache.client import Reservation
-from vcache.engine.lower import Late, LowerTiers
+from vcache.engine.lower import LowerTiers
 from vcache.engine.passages import Passage
 from vcache.engine.pool import Pool
-from vcache.engine.promotion import leave_lent, promote
+from vcache.engine.promotion import Landing
 from vcache.engine.stats import Cause, Counters
 from vcache.errors import LocalStateError
 from vcache.limits import PREFETCH_CHUNKS_MAX, TIER_DRAIN_S, TIER_LOAD_CHUNKS_MAX
@@ -46,23 +43,37 @@ class Prefetch:
                 if key not in self._loading:
                     self._wanted.setdefault(key)
             if self._wanted and self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="vcache-prefetch", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="vcache-prefetch", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # the process may have no more: who wants the chunks loads them
+                    self._wanted.clear()
+                    return
+                self._thread = thread
             self._changed.notify_all()
 
-    def wait_for(self, key: bytes, timeout_s: float) -> bool:
-        """Whether a chunk was on its way; by now it has come, or will not, or `timeout_s` have passed."""
+    def wait_for(self, key: bytes, timeout_s: float) -> None:
+        """Wait until a chunk that was on its way has come, or will not, or `timeout_s` have passed."""
         with self._changed:
-            if not self._is_coming(key):
+            self._changed.wait_for(lambda: key not in self._loading and key not in self._wanted, timeout_s)
+
+    def has_brought(self, key: bytes, timeout_s: float) -> bool:
+        """Whether a chunk was being loaded, and by now, after `timeout_s` at most, has come or will not.
+
+        What only waits to be loaded is the caller's from now on: he shall not wait for what others wanted.
+        """
+        with self._changed:
+            self._wanted.pop(key, None)
+            if key not in self._loading:
                 return False
-            self._changed.wait_for(lambda: not self._is_coming(key), timeout_s)
-            return True
+            return self._changed.wait_for(lambda: key not in self._loading, timeout_s)
 
     def forget(self, keys: Sequence[bytes] | None) -> None:
         """Do not begin to load these (None: any). What is being loaded is stopped by `Passages.closed`."""
         with self._changed:
             for key in list(self._wanted) if keys is None else keys:
                 self._wanted.pop(key, None)
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Load no more; waits, bounded, for what is under way."""
@@ -72,9 +83,6 @@ class Prefetch:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(TIER_DRAIN_S)
-
-    def _is_coming(self, key: bytes) -> bool:
-        return key in self._loading or key in self._wanted
 
     def _run(self) -> None:
         while True:
@@ -103,36 +111,20 @@ class Prefetch:
         if reservation is None:
             return
         missing = [key for key, there in zip(keys, reservation.present, strict=True) if not there]
-        missing = missing[: len(reservation.extents)]
-        found: list[Found] = []
-        lent: list[int] = []
-        try:
-            found, late = self._read(missing, reservation, passage)
-            lent = [] if late is None else [len(found)]
-        finally:
-            self._pool.abort(np.delete(reservation.extents, [*range(len(found)), *lent]))
-        sizes = [self._chunk_bytes] * len(found)
-        kept = range(len(found))
-        count = promote(self._pool, reservation, kept, missing[: len(found)], sizes, found, passage)
+        sizes = [self._chunk_bytes] * len(missing)
+        with Landing(self._pool, reservation, sizes) as landing:
+            found = self._read(missing, landing, passage)
+            count = landing.promote(range(len(found)), missing[: len(found)], found, passage)
         self._counters.add(tier_prefetched_chunks=count)
 
-    def _read(
-        self, keys: list[bytes], reservation: Reservation, passage: Passage
-    ) -> tuple[list[Found], Late | None]:
+    def _read(self, keys: list[bytes], landing: Landing, passage: Passage) -> list[Found]:
         """Read leading chunks into the first extents, up to one that cannot be had or comes late."""
         found: list[Found] = []
-        sizes = [self._chunk_bytes] * len(keys)
-        with self._pool.borrowed(reservation.extents[: len(keys)], sizes, reservation.lineage) as views:
-            for at, key in enumerate(keys):
-                if not passage.is_open(key):
-                    break
-                view = views[at]
-                answer = None if view is None else self._lower.get(key, view)
-                del view
-                if isinstance(answer, Late):
-                    leave_lent(self._pool, reservation, at, answer)
-                    return found, answer
-                if answer is None:
-                    break
-                found.append(answer)
-        return found, None
+        for at, key in enumerate(keys[: len(landing.views)]):
+            if landing.views[at] is None or not passage.is_open(key):
+                break
+            answer = landing.read(self._lower, key, at)
+            if answer is None:
+                break
+            found.append(answer)
+        return found

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,11 +13,11 @@ from vcache.engine.arguments import Transfer
 from vcache.engine.copies import Copies
 from vcache.engine.lanes import PAST
 from vcache.engine.layerwise import Progress
-from vcache.engine.lower import Late, LowerTiers
+from vcache.engine.lower import LowerTiers
 from vcache.engine.passages import Passage
 from vcache.engine.pool import Pool
 from vcache.engine.prefetch import Prefetch
-from vcache.engine.promotion import leave_lent, promote
+from vcache.engine.promotion import Landing
 from vcache.engine.stats import Cause, Counters
 from vcache.limits import KEYS_PER_REQUEST_MAX, PREFETCH_WAIT_S, RETRIEVE_TRIES, TIER_LOAD_CHUNKS_MAX
 from vcache.tiers import Found
@@ -69,8 +67,9 @@ class Retrieve:
             found, has_more = self._load_from_pool(part)
             at += found
             if found < len(part) and not has_more:
-                if self._prefetch is not None and self._prefetch.wait_for(part.keys[found], PREFETCH_WAIT_S):
-                    continue  # it came, or is looked for below in the next turn
+                missing = part.keys[found]
+                if self._prefetch is not None and self._prefetch.has_brought(missing, PREFETCH_WAIT_S):
+                    continue
                 from_tiers = _FromTiers(self._pool, self._copies, self._lower, self._counters).run(
                     part.part(found)
                 )
@@ -170,13 +169,6 @@ class Retrieve:
             last.wait()
 
 
-class _Place(NamedTuple):
-    """Where a chunk from a tier is put: a reserved extent, or own memory where the pool has no room."""
-
-    chunk: Tensor
-    extent: int | None
-
-
 class _FromTiers:
     """Loads leading chunks from the lower tiers and promotes them into the pool."""
 
@@ -201,8 +193,7 @@ class _FromTiers:
             return 0
         reservation = self._pool.reserve(transfer.keys)
         if reservation is None:
-            own = [self._place(transfer, at, [], None) for at in range(len(transfer))]
-            return len(self._scatter(transfer, own)[0])
+            return len(self._scatter(transfer, None, {}))
         return self._load_and_promote(transfer, reservation, passage)
 
     def _load_and_promote(self, transfer: Transfer, reservation: Reservation, passage: Passage) -> int:
@@ -211,60 +202,45 @@ class _FromTiers:
         # give.
         transfer = transfer.part(0, present.index(True, 1) if True in present[1:] else len(present))
         missing = [at for at, there in enumerate(present) if not there and at < len(transfer)]
-        extents = reservation.extents[: len(missing)]
-        sizes = [transfer.sizes[at] for at in missing[: len(extents)]]
-        promoted: dict[int, int] = {}
-        found: list[Found] = []
-        lent: list[int] = []
-        try:
-            kind = transfer.paged.device.type
-            with self._pool.borrowed(extents, sizes, reservation.lineage, kind) as views:
-                extent_of = {at: extent for extent, at in enumerate(missing[: len(views)])}
-                places = [self._place(transfer, at, views, extent_of.get(at)) for at in range(len(transfer))]
-                found, late = self._scatter(transfer, places)
-                used = enumerate(place.extent for place in places[: len(found)])
-                promoted = {at: extent for at, extent in used if extent is not None}
-                if late is not None and (extent := places[len(found)].extent) is not None:
-                    leave_lent(self._pool, reservation, extent, late)
-                    lent = [extent]
-                places.clear()
-        finally:
-            self._pool.abort(np.delete(reservation.extents, [*promoted.values(), *lent]))
-        if promoted:
-            count = promote(
-                self._pool,
-                reservation,
-                list(promoted.values()),
+        sizes = [transfer.sizes[at] for at in missing]
+        with Landing(self._pool, reservation, sizes, transfer.paged.device.type) as landing:
+            views = zip(missing, landing.views, strict=False)
+            extents = {at: extent for extent, (at, view) in enumerate(views) if view is not None}
+            found = self._scatter(transfer, landing, extents)
+            promoted = [at for at in range(len(found)) if at in extents]
+            count = landing.promote(
+                [extents[at] for at in promoted],
                 [transfer.keys[at] for at in promoted],
-                [transfer.sizes[at] for at in promoted],
                 [found[at] for at in promoted],
                 passage,
             )
-            self._counters.add(tier_promoted_chunks=count)
+        self._counters.add(tier_promoted_chunks=count)
         return len(found)
 
-    def _place(self, transfer: Transfer, at: int, views: list[Tensor | None], extent: int | None) -> _Place:
-        view = None if extent is None else views[extent]
-        return _Place(self._own_memory(transfer, at), None) if view is None else _Place(view, extent)
+    def _scatter(
+        self, transfer: Transfer, landing: Landing | None, extents: Mapping[int, int]
+    ) -> list[Found]:
+        """Read the chunks, up to the first that no tier has in time, and scatter them; what was found.
 
-    def _scatter(self, transfer: Transfer, places: list[_Place]) -> tuple[list[Found], Late | None]:
-        """Read the chunks, up to the first that no tier has any more, and scatter them; what was found.
-
-        With a read that was given up: the memory behind what was found is lent to it still.
+        extents: those of `landing` that chunks are read into; the others go into memory of their own.
         """
         found: list[Found] = []
-        late = None
-        for key, place in zip(transfer.keys, places, strict=True):
-            answer = self._lower.get(key, place.chunk)
-            if not isinstance(answer, Found):
-                late = answer
+        chunks: list[Tensor] = []
+        for at, key in enumerate(transfer.keys):
+            chunk = landing.views[extents[at]] if landing is not None and at in extents else None
+            if landing is None or chunk is None:
+                chunk = self._own_memory(transfer, at)
+                answer = self._lower.read(key, chunk).found()
+            else:
+                answer = landing.read(self._lower, key, extents[at])
+            if answer is None:
                 break
             found.append(answer)
+            chunks.append(chunk)
         if found:
-            chunks = [place.chunk for place in places[: len(found)]]
             self._copies.scatter(transfer.part(0, len(found)), chunks)
         self._counters.add(tier_hits=len(found))
-        return found, late
+        return found
 
     def _own_memory(self, transfer: Transfer, at: int) -> Tensor:
         return torch.empty(transfer.sizes[at], dtype=torch.uint8, device=transfer.paged.device)

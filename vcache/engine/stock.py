@@ -104,8 +104,8 @@ class Stock:
     def _refill(self, count: int, size: int) -> bool:
         """Ask for `count`, and some more of a size that is asked for again and again; whether any came."""
         usual, self._size_before = size == self._size_before, size
-        spare = min(STOCK_REFILL_EXTENTS, (STOCK_BYTES_MAX - self._waiting_bytes) // size) if usual else 0
-        reservation = self._pool.reserve_blank(max(count, spare), size)
+        full = min(STOCK_REFILL_EXTENTS, (STOCK_BYTES_MAX - self._waiting_bytes) // size) if usual else 0
+        reservation = self._pool.reserve_blank(count, size, max(full - count, 0))
         if reservation is not None and not len(reservation.extents) and self.drain():
             reservation = self._pool.reserve_blank(count, size)
         if reservation is None or not len(reservation.extents):

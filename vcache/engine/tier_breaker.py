@@ -19,18 +19,15 @@ class TierBreaker:
         self._opens_at_s: float | None = None
         self._is_trying = False
 
-    @property
-    def is_open(self) -> bool:
-        """Whether it is open; a call may be let through all the same."""
-        return self._opens_at_s is not None
+    def would_admit(self, now_s: float) -> bool:
+        """Whether a call might be made now."""
+        return self._opens_at_s is None or (not self._is_trying and now_s >= self._opens_at_s)
 
     def admits(self, now_s: float) -> bool:
         """Whether a call may be made now; it must then be told how that ended."""
-        if self._opens_at_s is None:
-            return True
-        if self._is_trying or now_s < self._opens_at_s:
+        if not self.would_admit(now_s):
             return False
-        self._is_trying = True
+        self._is_trying = self._opens_at_s is not None
         return True
 
     def succeeded(self) -> None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 from vcache.engine.stats import Cause, Counters
 from vcache.engine.tier_breaker import TierBreaker
-from vcache.limits import TIER_READERS
+from vcache.kernels.affinity import use_all_cores
+from vcache.limits import TIER_OWED_MAX, TIER_READERS
 from vcache.tiers import Tier
 
 Answer = TypeVar("Answer")
@@ -94,32 +97,32 @@ class TierCalls:
         self._busy = 0
         self._is_closed = False
         self._writing_since_s: float | None = None
+        self._owed: deque[Callable[[], int]] = deque(maxlen=TIER_OWED_MAX)
 
     @property
     def is_available(self) -> bool:
-        """Whether it is worth asking: no breaker is open, and no write hangs."""
+        """Whether it is worth asking: it is not left alone now, and no write hangs."""
         with self._guard:
             since_s = self._writing_since_s
             hangs = since_s is not None and self._clock() - since_s > self._deadline_s
-            return not self._breaker.is_open and not hangs
+            return self._breaker.would_admit(self._clock()) and not hangs
 
     def begin(self, request: Callable[[], Answer], *, insists: bool = False) -> Call[Answer] | None:
         """Have a thread make a call; None if the tier is left alone, or all its threads are taken.
 
-        insists: not to be left out; None only once this is closed.
+        insists: not to be left out; None only once this is closed, or where no thread can be had.
         """
         call: Call[Answer] = Call(request)
         with self._guard:
             if self._is_closed:  # no thread would take it
                 return None
             is_taken = self._busy >= 2 * TIER_READERS
-            if not insists and (is_taken or not self._breaker.admits(self._clock())):
-                self._counters.add(tier_skipped_calls=1)
+            if not self._has_thread() or not (
+                insists or (not is_taken and self._breaker.admits(self._clock()))
+            ):
+                self._counters.add(tier_skipped_calls=0 if insists else 1)
                 return None
             self._busy += 1
-            if self._busy > self._threads and self._threads < TIER_READERS:
-                self._threads += 1
-                threading.Thread(target=self._run, name=f"vcache-{self.tier.name}", daemon=True).start()
         call.when_over(self._one_less)
         self._waiting.put(call)  # type: ignore[arg-type]
         return call
@@ -128,7 +131,12 @@ class TierCalls:
         """The answer of a call, or `otherwise`; returns by the deadline (of the injected clock)."""
         if call is None:
             return otherwise
-        if not call.wait(deadline_s - self._clock()):
+        try:
+            is_over = call.wait(deadline_s - self._clock())
+        except BaseException:  # whoever waited was interrupted: the breaker has to hear of an end
+            self._settle(None, late=True)
+            raise
+        if not is_over:
             self._settle(None, late=True)
             return otherwise
         self._settle(call.error, late=False)
@@ -144,13 +152,32 @@ class TierCalls:
         return self.finish(self.begin(request), otherwise, deadline_s)
 
     def insist(self, request: Callable[[], int]) -> None:
-        """As `ask`, but the call is made in any case: now, or when the tier answers again."""
+        """As `ask`, but the call is made in any case, and made again whenever the tier has answered another
+        one, until it does not raise; TIER_OWED_MAX are kept for that.
+        """
         deadline_s = self.deadline_s()
+        self.finish(self._insisted(request), 0, deadline_s)
+
+    def _insisted(self, request: Callable[[], int]) -> Call[int]:
         call = self.begin(request, insists=True)
-        if call is None:  # closed: there are no threads any more
+        if call is None:  # there are no threads for it
             call = Call(request)
             call.carry_out()
-        self.finish(call, 0, deadline_s)
+
+        def look() -> None:
+            if call.error is not None:
+                with self._guard:
+                    self._owed.append(request)
+
+        call.when_over(look)
+        return call
+
+    def _pay(self) -> None:
+        """The tier answers: make again what it still has to do."""
+        with self._guard:
+            owed = [self._owed.popleft() for _ in range(min(len(self._owed), TIER_READERS))]
+        for request in owed:
+            self._insisted(request)
 
     def write(self, request: Callable[[], bool]) -> bool:
         """Make a write in this thread, for as long as it takes; whether it was done. For one thread only."""
@@ -173,11 +200,15 @@ class TierCalls:
                 self._waiting.put(None)
 
     def _settle(self, error: BaseException | None, *, late: bool) -> None:
+        is_fine = error is None and not late
         with self._guard:
-            if error is None and not late:
+            if is_fine:
                 self._breaker.succeeded()
-                return
-            self._breaker.failed(self._clock(), late=late)
+            else:
+                self._breaker.failed(self._clock(), late=late)
+        if is_fine:
+            self._pay()
+            return
         if late:
             self._counters.add(tier_late_calls=1)
         why = repr(error) if error is not None else f"no answer within {self._deadline_s} s"
@@ -187,7 +218,17 @@ class TierCalls:
         with self._guard:
             self._busy -= 1
 
+    def _has_thread(self) -> bool:
+        """Start one if all are taken and there may be more; whether there is any. Under the lock."""
+        if self._busy >= self._threads and self._threads < TIER_READERS:
+            thread = threading.Thread(target=self._run, name=f"vcache-{self.tier.name}", daemon=True)
+            with suppress(RuntimeError):  # the process may have no more: then the others have to do
+                thread.start()
+                self._threads += 1
+        return self._threads > 0
+
     def _run(self) -> None:
+        use_all_cores()
         while True:
             call = self._waiting.get()
             if call is None:

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from vcache.engine.lower import LowerTiers, OneTier
 from vcache.engine.pool import Pool
 from vcache.engine.stats import Cause, Counters
 from vcache.errors import LocalStateError
+from vcache.kernels.affinity import use_all_cores
 from vcache.limits import KEYS_PER_REQUEST_MAX, TIER_DRAIN_S
 from vcache.logs import Line
 from vcache.table import Standing
@@ -76,7 +78,7 @@ class TierQueue:
         self._ending = False
         self._ended = False
         self._changed = threading.Condition()
-        self._pinner = ThreadPoolExecutor(1, f"vcache-pin-{tier.name}")
+        self._pinner = ThreadPoolExecutor(1, f"vcache-pin-{tier.name}", use_all_cores)
         self._thread = threading.Thread(target=self._run, name=f"vcache-to-{tier.name}", daemon=True)
         self._thread.start()
 
@@ -197,10 +199,16 @@ class TierQueue:
 
     def close(self) -> None:
         """Go on writing for TIER_DRAIN_S at most, then give up what still waits; ends when no copy runs."""
-        deadline_s = time.monotonic() + TIER_DRAIN_S
+        _close([self])
+
+    def end(self) -> None:
+        """Take no more; the thread ends when nothing waits any more."""
         with self._changed:
             self._ending = True
             self._changed.notify_all()
+
+    def drain(self, deadline_s: float) -> None:
+        """Wait until all is written; at the deadline give up what waits. Deadlines on the monotonic clock."""
         self._thread.join(max(0.0, deadline_s - time.monotonic()))
         with self._changed:
             self._ended = True
@@ -213,7 +221,10 @@ class TierQueue:
         for waiting in given_up:
             self._give_back(waiting)
         self._pinner.shutdown(wait=False)
-        self._thread.join(TIER_DRAIN_S)
+
+    def leave(self, deadline_s: float) -> None:
+        """Wait until no copy runs, or the deadline has come."""
+        self._thread.join(max(0.0, deadline_s - time.monotonic()))
         if self._thread.is_alive():
             _log.error(Line("a lower tier hangs in a write; its thread is left behind"))
 
@@ -224,6 +235,7 @@ class TierQueue:
         )
 
     def _run(self) -> None:
+        use_all_cores()
         while True:
             with self._changed:
                 self._changed.wait_for(
@@ -346,9 +358,13 @@ class TierQueues:
         def expires_ms() -> int:
             return int((clock() + ttl_s) * 1000) if ttl_s else 0
 
-        self._queues = [
-            TierQueue(pool, tier, capacity_chunks, counters, expires_ms) for tier in lower.apart()
-        ]
+        self._queues: list[TierQueue] = []
+        with ExitStack() as undo:
+            for tier in lower.apart():
+                queue = TierQueue(pool, tier, capacity_chunks, counters, expires_ms)
+                undo.callback(queue.close)
+                self._queues.append(queue)
+            undo.pop_all()
 
     @property
     def chunks(self) -> int:
@@ -387,9 +403,17 @@ class TierQueues:
         return all(done)
 
     def close(self) -> None:
-        """As `TierQueue.close`, for all."""
-        threads = [threading.Thread(target=queue.close) for queue in self._queues]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        """As `TierQueue.close`, for all at the same time."""
+        _close(self._queues)
+
+
+def _close(queues: Sequence[TierQueue]) -> None:
+    # Without threads: a process that ends because it may have no more of them must be able to end.
+    for queue in queues:
+        queue.end()
+    deadline_s = time.monotonic() + TIER_DRAIN_S
+    for queue in queues:
+        queue.drain(deadline_s)
+    deadline_s = time.monotonic() + TIER_DRAIN_S
+    for queue in queues:
+        queue.leave(deadline_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from vcache.client import Client
 from vcache.config import Config
@@ -34,17 +35,21 @@ class TierWork:
         self.prefetch: Prefetch | None = None
         self.stored_to: TierQueues | None = None
         self._queue: TierQueues | None = None
-        self._write_back: WriteBack | None = None
+        self._made = ExitStack()
         if not lower:
             return
         capacity_chunks, ttl_s = config.engine.tier_queue_chunks, config.server.default_ttl_s
-        self._queue = TierQueues(pool, lower, capacity_chunks, counters, ttl_s=ttl_s)
-        if config.tiers.policy == "write-back":
-            self._write_back = WriteBack(client, self._queue)
-        else:
-            self.stored_to = self._queue
-        if config.tiers.prefetch:
-            self.prefetch = Prefetch(pool, lower, chunk_bytes, counters)
+        with ExitStack() as made:
+            self._queue = TierQueues(pool, lower, capacity_chunks, counters, ttl_s=ttl_s)
+            made.callback(self._queue.close)
+            if config.tiers.policy == "write-back":
+                made.callback(WriteBack(client, self._queue).close)
+            else:
+                self.stored_to = self._queue
+            if config.tiers.prefetch:
+                self.prefetch = Prefetch(pool, lower, chunk_bytes, counters)
+                made.callback(self.prefetch.close)
+            self._made = made.pop_all()
 
     @property
     def waiting_chunks(self) -> int:
@@ -64,9 +69,4 @@ class TierWork:
 
     def close(self) -> None:
         """Load nothing more; write what waits, for a while."""
-        if self.prefetch is not None:
-            self.prefetch.close()
-        if self._write_back is not None:
-            self._write_back.close()
-        if self._queue is not None:
-            self._queue.close()
+        self._made.close()
