@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vcache.limits import RECORD_HEADER_BYTES
-from vcache.tiers.record import Flaw, Header, flaw_of, has_expired, header_for, read_header
+from vcache.tiers.record import Flaw, Header, flaw_of, has_expired, header_for, piece_bytes, read_header
 
 KEY, LAYOUT = bytes(range(32)), b"L" * 16
 
@@ -62,18 +62,18 @@ def test_another_chunk_layout_or_version_is_named() -> None:
     assert verdict(raw, layout=b"M" * 16) is Flaw.LAYOUT
     assert verdict(raw[:-1] + b"X") is Flaw.CHUNK
     assert verdict(raw[:-1]) is Flaw.LENGTH
-    for version in (1, 3):
+    for version in (2, 4):
         assert verdict(raw[:8] + struct.pack("<H", version) + raw[10:]) is Flaw.VERSION
     assert verdict(b"\0" * 8 + raw[8:]) is Flaw.NOT_OURS
     assert verdict(raw[:70] + b"\1" + raw[71:]) is Flaw.HEADER
 
 
 def test_the_format_does_not_change_by_accident() -> None:
-    """Records of an installation outlive it: this one was written by the second version."""
+    """Records of an installation outlive it: this one was written by the third version."""
     header = Header(LAYOUT, KEY, 5, 1_000, 2_000, 0x0123456789ABCDEF)
     assert header.pack().hex() == (
-        "56434143485245430200800000000000" + "4c" * 16 + bytes(range(32)).hex() + "0500000000000000"
-        "e803000000000000d007000000000000efcdab8967452301" + "00" * 24 + "db7fca34b6f7aef9"
+        "56434143485245430300800000000000" + "4c" * 16 + bytes(range(32)).hex() + "0500000000000000"
+        "e803000000000000d007000000000000efcdab8967452301" + "00" * 24 + "eb56d62be42b4e87"
     )
 
 
@@ -86,3 +86,9 @@ def test_the_earlier_of_both_expiries_counts(created: int, expires: int, ttl_s: 
     assert header.expiry_ms(ttl_s) == expiry
     assert has_expired(expiry, 10_000) is (expiry > 0)
     assert not has_expired(expiry, expiry - 1)
+
+
+def test_pieces_are_an_eighth_within_limits() -> None:
+    """Part of the format, as the header is."""
+    sizes = [piece_bytes(length) for length in (0, 1, 512 << 10, 1 << 20, 2 << 20, (2 << 20) + 1, 32 << 20)]
+    assert sizes == [65_536, 65_536, 65_536, 131_072, 262_144, 266_240, 524_288]

@@ -13,15 +13,17 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from vcache.limits import KEY_BYTES, RECORD_HEADER_BYTES, RECORD_PIECE_BYTES
+from vcache.limits import KEY_BYTES, RECORD_HEADER_BYTES
 from vcache.tiers.record import (
     Flaw,
     Header,
     checksum_of_pieces,
     flaw_in_header,
+    piece_bytes,
     piece_checksum,
     read_header,
 )
@@ -47,8 +49,9 @@ def write(path: str, header: Header, chunk: memoryview) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         checksums = []
-        for at in range(0, len(chunk), RECORD_PIECE_BYTES):
-            piece = chunk[at : at + RECORD_PIECE_BYTES]
+        size = piece_bytes(len(chunk))
+        for at in range(0, len(chunk), size):
+            piece = chunk[at : at + size]
             checksums.append(piece_checksum(piece))
             _write_all(fd, piece, RECORD_HEADER_BYTES + at)
         header = header._replace(checksum=checksum_of_pieces(checksums))
@@ -84,6 +87,10 @@ def read(
         if flaw is not None:
             return flaw
         return header if read_chunk(fd, into, helper) == header.checksum else Flaw.CHUNK
+    except OSError as error:
+        if error.errno == errno.EIO:  # a bad sector: it does not get better
+            return Flaw.CHUNK
+        raise
     finally:
         os.close(fd)
 
@@ -151,10 +158,14 @@ def _key_named(name: str) -> bytes | None:
 
 def remove(path: str) -> None:
     """Remove a file; none there is fine, and one that cannot be removed is found when it is opened anew."""
-    try:
+    with suppress(OSError):
         os.unlink(path)
-    except OSError:
-        return
+
+
+def remove_for_sure(path: str) -> None:
+    """Remove a file, if it is there. Raises OSError if it stays."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def sync(paths: list[str]) -> None:
