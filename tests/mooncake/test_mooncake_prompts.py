@@ -47,6 +47,25 @@ def test_another_machine_hits() -> None:
             other.assert_nothing_leaks()
 
 
+def test_what_the_pool_evicts_is_written_back() -> None:
+    with Store() as store, Pool() as one, Pool() as other:
+        store.holder()
+        one.start_server()
+        other.start_server()
+        writer = engine(one, store, size="2MiB", **{"tiers.policy": "write-back"})
+        for seed in range(1, 21):  # half of them fit
+            writer.call("store", seed, PROMPT)
+        assert writer.call("run", flush)
+        assert 0 < writer.call("stats")["tier_written_chunks"] < 20 * 20
+        reader = engine(other, store, size="2MiB")
+        for each, seeds in ((reader, (1, 2)), (writer, range(1, 21))):
+            hits = [tuple(each.call("retrieve", seed, PROMPT)) for seed in seeds]
+            assert all(wrong == 0 for _, wrong in hits)
+            assert hits == [(PROMPT, 0)] * len(hits) or one.counters()["evicted_unsaved"] > 0
+        one.assert_nothing_leaks()
+        other.assert_nothing_leaks()
+
+
 def test_both_tiers_in_order(tmp_path: Path) -> None:
     """What Mooncake gave is in the pool then; each tier is written through a queue of its own."""
     with Store() as store, Pool() as pool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from tests.mooncake.store import (
 )
 from tests.processes.worker import DEADLINE_S, eventually
 from vcache.config import MooncakeConfig
-from vcache.engine.lower import Late, LowerTiers
+from vcache.engine.lower import LowerTiers
 from vcache.engine.stats import Counters
 from vcache.errors import EngineClosed, ForkedProcess, Unavailable
 from vcache.tiers import Tier
@@ -265,6 +267,44 @@ def test_a_restarted_master_has_forgotten_everything_and_is_used_again(store: St
     assert not is_here(tier, 1)
 
 
+def longest_silence(call: Callable[[], object]) -> float:
+    """How long no other thread of this process came to run while this was called, in seconds."""
+    ticks, over, pause = [time.monotonic()], threading.Event(), threading.Event()
+
+    def tick() -> None:
+        while not over.is_set():
+            pause.wait(0.002)
+            ticks.append(time.monotonic())
+
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    call()
+    over.set()
+    ticking.join()
+    return max(later - before for before, later in pairwise(ticks))
+
+
+def test_a_frozen_master_stops_no_other_thread(store: Store) -> None:
+    """Neither while a client connects, which is a miss, nor while one that was connected is closed."""
+    store.holder()
+    connected = store.tier()
+    assert store.master.process is not None
+    store.master.process.send_signal(signal.SIGSTOP)
+    try:
+        other = MooncakeTier(MooncakeConfig(**store.settings()))
+
+        def connect() -> None:
+            with pytest.raises(Unavailable, match=r"tiers\.mooncake\.master: nobody answers at"):
+                other.contains([key(1)])
+
+        silence_s = max(longest_silence(connect), longest_silence(connected.close))
+    finally:
+        store.master.process.send_signal(signal.SIGCONT)
+    assert silence_s < DEADLINE_S / 4
+    assert other.wait_ready(DEADLINE_S)
+    other.close()
+
+
 def test_a_frozen_holder_costs_the_deadline_and_keeps_what_it_was_lent(store: Store) -> None:
     """The engine's call returns; the memory is given back only when Mooncake's own call has returned."""
     holder = store.holder()
@@ -273,9 +313,9 @@ def test_a_frozen_holder_costs_the_deadline_and_keeps_what_it_was_lent(store: St
     lower = LowerTiers([tier], LAYOUT, counters, deadline_s=0.3)
     holder.signal(signal.SIGSTOP)
     into, given_back = torch.zeros(SIZE, dtype=torch.uint8), threading.Event()
-    answer = lower.get(key(1), into)
-    assert isinstance(answer, Late)
-    answer.when_over(given_back.set)
+    read = lower.read(key(1), into)
+    assert read.found() is None and not read.is_over
+    read.when_over(given_back.set)
     assert not given_back.is_set()
     assert tier._registered._uses.keys() >= {into.data_ptr()}
     assert counters.snapshot()["tier_late_calls"] == 1

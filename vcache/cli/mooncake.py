@@ -1,7 +1,8 @@
 """A Mooncake Store on this machine, for development: a master, and a holder that lends memory.
 
 `vcache mooncake up` runs until it is ended, and says how to point engines there. It is not for production:
-Mooncake has no authentication, and everything here is bound to the loopback address.
+Mooncake has no authentication. The master answers on the loopback address only; the holder, as every client
+of Mooncake, listens on ports of its own choice on all addresses: use it where nobody else reaches them.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ from __future__ import annotations
 import argparse
 import threading
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
 from vcache.cli import present
-from vcache.cli.exits import Exit
 from vcache.cli.invocation import Invocation
 from vcache.config import parse_size
 from vcache.errors import Unavailable
 
 _READY_S = 30.0
+_LOOK_S = 0.5
+"""How often it is looked whether the master still runs."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log", type=Path, metavar="FILE", help="the master's log")
 
 
-def run(invocation: Invocation) -> int:
+def run(invocation: Invocation) -> NoReturn:
     """Start both, say so, and wait to be ended."""
     from vcache.tiers.configured import mooncake_tier
     from vcache.tiers.mooncake.master import Master
@@ -61,7 +64,9 @@ def run(invocation: Invocation) -> int:
                     f"Engines: VCACHE_TIERS_ORDER=mooncake VCACHE_TIERS_MOONCAKE_MASTER={master.address}",
                 ]
                 present.console().print(present.lines(*said))
-            threading.Event().wait()
+            end = threading.Event()
+            while (code := master.exit_code) is None:
+                end.wait(_LOOK_S)
+            raise Unavailable(f"mooncake_master ended with {code}; what was lent is of no use any more")
         finally:
             tier.close()
-    return Exit.OK

@@ -73,6 +73,11 @@ class Master:
         """What clients are configured with."""
         return f"{self.host}:{self.port}"
 
+    @property
+    def exit_code(self) -> int | None:
+        """Of the program, once it has ended; None while it runs, or was not started."""
+        return None if self.process is None else self.process.poll()
+
     def start(self) -> Master:
         """Start it and wait until it answers. Raises Unavailable: it ended, or does not answer."""
         # A master whose port is taken by another one may end only after that one has answered for it.

@@ -132,9 +132,16 @@ class MooncakeTier:
         raise Unavailable(f"mooncake: {meaning.value} ({code})")
 
     def remove(self, keys: Sequence[bytes]) -> int:
-        """Forget these chunks, also those that somebody reads; how many there were."""
+        """Forget these chunks, also those that somebody reads; how many there were.
+
+        Raises Unavailable if one may still be there: all others are forgotten then.
+        """
         with self._native.store(MOONCAKE_REACH_S) as store:
-            return sum(self._delete(store, self._named(key), None) for key in keys)
+            codes = [store.remove(self._named(key), True) for key in keys]
+        failed = [code for code in codes if meaning_of(code) not in (Meaning.DONE, Meaning.MISS)]
+        if failed:
+            raise Unavailable(f"mooncake: {meaning_of(failed[0]).value} ({failed[0]})")
+        return sum(code >= 0 for code in codes)
 
     def clear(self) -> None:
         """Forget all chunks of this namespace."""
@@ -146,7 +153,7 @@ class MooncakeTier:
     def close(self) -> None:
         """End; waits, bounded, for calls under way, whose memory stays lent until they are over."""
         if not self._native.close():
-            _log.warning(Line("mooncake calls are still under way at close; its client is left as it is"))
+            _log.warning(Line("mooncake hangs at close; its client is left as it is"))
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Wait until the store answers; whether it does. For commands and tests."""
@@ -164,11 +171,9 @@ class MooncakeTier:
     def _named(self, key: bytes) -> str:
         return f"{self._config.namespace}/{key.hex()}"
 
-    def _delete(self, store: Any, name: str, why: str | None) -> bool:
-        if why is not None:
-            _log.warning(Line("a value is deleted", tier=self.name, key=name, reason=why))
-        code: int = store.remove(name, True)
-        return code >= 0
+    def _delete(self, store: Any, name: str, why: str) -> None:
+        _log.warning(Line("a value is deleted", tier=self.name, key=name, reason=why))
+        store.remove(name, True)
 
     def _replicas(self) -> Any:
         from mooncake.store import ReplicateConfig
