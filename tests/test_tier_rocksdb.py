@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,9 +118,65 @@ def test_a_newer_engine_changes_the_settings(owners: Owners) -> None:
     state = first.state()
     assert (state.capacity_bytes, state.ttl_s) == (MIB, 3_600.0)
     assert is_here(second, 1)
-    observer = RocksTier(owners.path, capacity_bytes=2 * MIB, own_settings=False)
+    observer = RocksTier(owners.path, capacity_bytes=2 * MIB, observes=True)
     owners.tiers.append(observer)
     assert observer.state().capacity_bytes == MIB
+
+
+def test_who_only_looks_starts_an_owner_that_evicts_nothing(owners: Owners) -> None:
+    tier = owners.tier()
+    for number in range(1, 9):
+        assert tier.put(key(number), chunk(number), LAYOUT)
+    tier.close()
+    owners.kill()
+    observer = owners.tier(capacity_bytes=MIB, ttl_s=1e-3, observes=True)
+    state = observer.state()
+    assert (state.records, state.capacity_bytes, state.ttl_s) == (8, 0, 0.0)
+    before = list(observer.rows())
+    assert all(is_here(observer, number) for number in range(8, 0, -1))
+    assert list(observer.rows()) == before, "looking at records is no use of them"
+    assert owners.tier(capacity_bytes=MIB).state().capacity_bytes == MIB
+    eventually(lambda: observer.state().records < 4, "an engine's settings count")
+
+
+def test_a_directory_that_was_removed_is_made_anew_with_another_owner(owners: Owners) -> None:
+    tier = owners.tier()
+    assert tier.put(key(1), chunk(1), LAYOUT)
+    before = tier.state().pid
+    shutil.rmtree(owners.path)
+    eventually(lambda: not alive(before), "the owner ends")
+
+    def is_put() -> bool:
+        try:
+            return tier.put(key(2), chunk(2), LAYOUT)
+        except (Unavailable, OSError):  # a link to the old owner
+            return False
+
+    eventually(is_put, "there is another one")
+    owners.pids.add(tier.state().pid)
+    assert is_here(tier, 2) and not is_here(tier, 1)
+
+
+def test_a_file_that_the_index_does_not_know_is_removed_when_it_is_no_record(owners: Owners) -> None:
+    tier = owners.tier()
+    path = Path(files.path_of(owners.path, key(1)))
+    path.write_bytes(b"no record")
+    assert not is_here(tier, 1)
+    assert not path.exists()
+
+
+def test_a_record_that_cannot_be_removed_is_not_said_to_be(owners: Owners) -> None:
+    tier = owners.tier()
+    assert tier.put(key(1), chunk(1), LAYOUT) and tier.put(key(2), chunk(2), LAYOUT)
+    path = files.path_of(owners.path, key(1))
+    os.unlink(path)
+    os.mkdir(path)
+    for forget in (lambda: tier.remove([key(1), key(2)]), tier.clear):
+        with pytest.raises(Unavailable, match="cannot be removed"):
+            forget()
+    assert not is_here(tier, 1) and not is_here(tier, 2)
+    os.rmdir(path)
+    tier.clear()
 
 
 def test_two_engines_share_one_owner(owners: Owners) -> None:

@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     """A directory for the tier; its owner ends with the test."""
     path = tmp_path / "tier"
     yield path
-    tier = RocksTier(path, capacity_bytes=MIB, own_settings=False)
+    tier = RocksTier(path, capacity_bytes=MIB, observes=True)
     pid = tier.state().pid
     tier.close()
     os.kill(pid, signal.SIGKILL)
@@ -80,7 +80,7 @@ def test_a_prompt_survives_the_engine_and_then_everything(folder: Path) -> None:
         assert first.call("run", flush)
         first.kill()
         assert engine(pool, folder).call("retrieve", 1, PROMPT) == (PROMPT, 0)
-    tier = RocksTier(folder, capacity_bytes=MIB, own_settings=False)
+    tier = RocksTier(folder, capacity_bytes=MIB, observes=True)
     owner = tier.state().pid
     tier.close()
     os.kill(owner, signal.SIGKILL)

@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 from vcache.cli import present
 from vcache.cli.exits import Exit
 from vcache.cli.invocation import Invocation
-from vcache.errors import ArgumentError, Unavailable
+from vcache.errors import ArgumentError, Unavailable, VCacheError
 from vcache.limits import KEY_BYTES, RECORD_HEADER_BYTES
 
 if TYPE_CHECKING:
-    from vcache.tiers.rocksdb.messages import Row
+    from vcache.tiers.rocksdb.messages import Row, State
     from vcache.tiers.rocksdb.tier import RocksTier
 
 _KEY_DIGITS = 16
+_READY_S = 10.0
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +48,7 @@ def run(invocation: Invocation) -> int:
         raise ArgumentError("KEY", options.key, "a chunk key for get, and none for the other actions")
     if options.action == "purge":
         return _purge(invocation)
-    tier = rocks_tier(invocation.config, own_settings=False)
+    tier = rocks_tier(invocation.config, observes=True)
     try:
         if not tier.wait_ready():
             raise Unavailable("no owner of the local tier's database answers; its log says why")
@@ -66,8 +67,7 @@ def _status(invocation: Invocation, tier: RocksTier) -> int:
     rows: list[tuple[str, object]] = [
         ("owner", f"process {state.pid}, {state.connections} connections"),
         ("records", f"{state.records:,}"),
-        ("held", present.bar(state.held_bytes, state.capacity_bytes)),
-        ("", f"{present.size(state.held_bytes)} of {present.size(state.capacity_bytes)}"),
+        *_held(state),
         ("time to live", present.duration(state.ttl_s) if state.ttl_s else "none"),
         *state.counters.items(),
     ]
@@ -75,6 +75,16 @@ def _status(invocation: Invocation, tier: RocksTier) -> int:
         present.add_row(table, row)
     present.console().print(table)
     return Exit.OK
+
+
+def _held(state: State) -> list[tuple[str, object]]:
+    held = present.size(state.held_bytes)
+    if not state.capacity_bytes:
+        return [("held", f"{held}; no engine has said yet how much it may be")]
+    return [
+        ("held", present.bar(state.held_bytes, state.capacity_bytes)),
+        ("", f"{held} of {present.size(state.capacity_bytes)}"),
+    ]
 
 
 def _ls(invocation: Invocation, tier: RocksTier) -> int:
@@ -163,16 +173,23 @@ def _purge(invocation: Invocation) -> int:
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             print("vcache: nothing was forgotten", file=sys.stderr)
             return Exit.FAILED
-    tiers: list[Any] = make_tiers(invocation.config)
+    tiers: list[Any] = make_tiers(invocation.config, observes=True)
+    failed: dict[str, str] = {}
     try:
         for tier in tiers:
-            tier.wait_ready(10.0)
-            tier.clear()
+            try:
+                tier.wait_ready(_READY_S)
+                tier.clear()
+            except (VCacheError, OSError) as error:  # the others are emptied all the same
+                failed[tier.name] = str(error)
     finally:
         for tier in tiers:
             tier.close()
+    purged = [name for name in names if name not in failed]
     if invocation.as_json:
-        present.write_json({"purged": names})
-    else:
-        present.console().print(present.text(f"purged {', '.join(names)}"))
-    return Exit.OK
+        present.write_json({"purged": purged, "failed": failed})
+    elif purged:
+        present.console().print(present.text(f"purged {', '.join(purged)}"))
+    for name, why in failed.items():
+        print(f"vcache: {name} was not purged: {why}", file=sys.stderr)
+    return Exit.NO_SERVER if failed else Exit.OK

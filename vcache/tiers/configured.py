@@ -7,6 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from vcache.config import Config
 from vcache.errors import ConfigError
 
@@ -21,12 +23,18 @@ def tier_names(config: Config) -> list[str]:
     return [name.strip() for name in (config.tiers.order or "").split(",") if name.strip()]
 
 
-def make_tiers(config: Config) -> list[Tier]:
-    """Make them; whoever calls closes them. Raises ConfigError: what is missing, what is wrong."""
+def make_tiers(config: Config, *, observes: bool = False) -> list[Tier]:
+    """Make them; whoever calls closes them. Raises ConfigError: what is missing, what is wrong.
+
+    observes: for people who look: nothing is lent, and no setting of engines is touched.
+    """
     made: list[Tier] = []
     try:
         for name in tier_names(config):
-            made.append(rocks_tier(config) if name == "rocksdb" else mooncake_tier(config))
+            if name == "rocksdb":
+                made.append(rocks_tier(config, observes=observes))
+            else:
+                made.append(mooncake_tier(config, observes=observes))
     except BaseException:
         for tier in made:
             tier.close()
@@ -34,8 +42,10 @@ def make_tiers(config: Config) -> list[Tier]:
     return made
 
 
-def rocks_tier(config: Config, *, own_settings: bool = True) -> RocksTier:
-    """The tier on the local SSD. own_settings: whether its owner goes by this configuration from now on."""
+def rocks_tier(config: Config, *, observes: bool = False) -> RocksTier:
+    """The tier on the local SSD. observes: as of `RocksTier`; else its owner goes by this configuration from
+    now on.
+    """
     _require("rocksdb", "rocksdict", "xxhash", extra="rocksdb")
     from vcache.tiers.rocksdb.tier import RocksTier
 
@@ -45,16 +55,19 @@ def rocks_tier(config: Config, *, own_settings: bool = True) -> RocksTier:
         capacity_bytes=settings.size,
         ttl_s=settings.ttl_s,
         deadline_s=config.tiers.deadline_ms / 1e3,
-        own_settings=own_settings,
+        observes=observes,
     )
 
 
-def mooncake_tier(config: Config) -> MooncakeTier:
-    """The tier on other machines."""
+def mooncake_tier(config: Config, *, observes: bool = False) -> MooncakeTier:
+    """The tier on other machines. observes: without lending memory or a disk to it."""
     _require("mooncake", "mooncake.store", "xxhash", extra="mooncake")
     from vcache.tiers.mooncake.tier import MooncakeTier
 
-    return MooncakeTier(config.tiers.mooncake)
+    settings = config.tiers.mooncake
+    if observes:
+        settings = msgspec.structs.replace(settings, lend=0, offload_directory=None)
+    return MooncakeTier(settings)
 
 
 def default_directory() -> Path:

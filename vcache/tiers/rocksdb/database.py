@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import struct
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -58,7 +59,8 @@ class Draft(NamedTuple):
 
 
 class Database:
-    """Records of at most `capacity_bytes`, the least recently used go first. Not thread-safe.
+    """Records of at most `capacity_bytes` (0: as many as fit the disk), the least recently used go first. Not
+    thread-safe.
 
     clock: seconds since 1970. disk: free and total bytes of the file system, for tests.
     """
@@ -133,7 +135,7 @@ class Database:
         if self.contains(key):
             return True
         size = RECORD_HEADER_BYTES + length
-        if length <= 0 or size > self.capacity_bytes or not self._writable(size):
+        if length <= 0 or size > self._limit or not self._writable(size):
             return False
         self._forget(self._to_evict(key, size), "evicted")
         name = f"{self._life}-{next(self._draft_numbers)}"
@@ -178,7 +180,7 @@ class Database:
 
     def _to_evict(self, key: bytes, size: int) -> list[bytes]:
         victims = []
-        room = self.capacity_bytes - self.held_bytes - sum(draft.size for draft in self._drafts)
+        room = self._limit - self.held_bytes - sum(draft.size for draft in self._drafts)
         for each, entry in self._entries.items():
             if room >= size:
                 break
@@ -186,6 +188,10 @@ class Database:
                 victims.append(each)
             room += entry.size
         return victims
+
+    @property
+    def _limit(self) -> int:
+        return self.capacity_bytes or sys.maxsize
 
     def _indexed(self, entries: dict[bytes, Entry], gone: Iterable[bytes] = ()) -> bool:
         """Note in the index what there is and what not; whether that worked."""
@@ -220,24 +226,42 @@ class Database:
     # -- forgetting
 
     def remove(self, keys: Iterable[bytes]) -> int:
-        """Forget records for good, also if this process is killed right after; how many there were."""
-        here = [key for key in keys if key in self._entries]
-        self._forget(here, None)
-        return len(here)
+        """Forget records for good, also if this process is killed right after; how many there were.
+
+        Also files of these keys that the index does not know. Raises OSError if one cannot be removed.
+        """
+        wanted = list(dict.fromkeys(keys))
+        here = sum(key in self._entries for key in wanted)
+        self._forget(wanted, None)
+        return here
 
     def clear(self) -> None:
-        """Forget all."""
+        """Forget all. Raises OSError if a file cannot be removed."""
         self._forget(list(self._entries), None)
 
     def _forget(self, keys: list[bytes], why: str | None) -> None:
+        """Remove files and entries; why: the counter of what goes by itself, and may fail to."""
         if not keys:
             return
+        failed: OSError | None = None
+        gone: list[bytes] = []
         for key in keys:
-            files.remove(files.path_of(self._directory, key))
+            try:
+                files.remove_for_sure(files.path_of(self._directory, key))
+            except OSError as error:  # it can still be read: whoever wants it gone has to know
+                failed = error
+                continue
+            if key in self._entries:
+                gone.append(key)
             self._forget_entry(key)
         if why is not None:
-            self.counters[why] += len(keys)
-        self._indexed({}, keys)  # an entry that stays is found to have no file
+            self.counters[why] += len(gone)
+        self._indexed({}, gone)  # an entry that stays is found to have no file
+        if failed is not None:
+            self.counters["failed"] += 1
+            if why is None:
+                raise failed
+            _log.error(Line("a record cannot be removed", error=str(failed)))
 
     def _forget_entry(self, key: bytes) -> None:
         entry = self._entries.pop(key, None)

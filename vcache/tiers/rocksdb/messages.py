@@ -15,7 +15,10 @@ PROTOCOL: Final = 4
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True, forbid_unknown_fields=True):
-    """First; with the descriptor of the staging memory. The newest settings are those that count."""
+    """First; with the descriptor of the staging memory. The newest settings are those that count.
+
+    capacity_bytes: 0 from who only looks: then the settings stay as they are.
+    """
 
     protocol: int
     staging_bytes: int

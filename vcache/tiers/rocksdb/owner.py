@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -80,10 +81,17 @@ class _Connection:
 
 
 class Owner:
-    """Serves a database over the socket `listener` until `stop` or until nobody has come for idle_s."""
+    """Serves a database over the socket `listener` until `stop`, or until nobody has come for idle_s.
 
-    def __init__(self, database: Database, listener: socket.socket, idle_s: float) -> None:
+    Also until it is not `still_ours`: then somebody has removed the directory, and another process may own
+    what is there now.
+    """
+
+    def __init__(
+        self, database: Database, listener: socket.socket, idle_s: float, still_ours: Callable[[], bool]
+    ) -> None:
         self._database = database
+        self._still_ours = still_ours
         self._idle_s = idle_s
         self._selector = selectors.DefaultSelector()
         self._listener = listener
@@ -99,7 +107,7 @@ class Owner:
 
     def run(self) -> None:
         """Serve."""
-        while not self._stopping and not self._is_idle():
+        while not self._stopping and not self._is_idle() and self._still_ours():
             for ready, _ in self._selector.select(_TICK_S):
                 if ready.data is None:
                     self._accept()
@@ -181,12 +189,8 @@ class Owner:
             keys = _keys(staging, request.count)
             staging.view[: len(keys)] = bytes(map(database.contains, keys))
             return Done(len(keys))
-        if isinstance(request, Remove):
-            return Done(database.remove(_keys(staging, request.count)))
-        if isinstance(request, Clear):
-            removed = len(database)
-            database.clear()
-            return Done(removed)
+        if isinstance(request, Remove | Clear):
+            return self._forget(request, staging)
         if isinstance(request, Sync):
             return Done(int(database.sync()))
         if isinstance(request, Rows):
@@ -194,6 +198,16 @@ class Owner:
             return Listing([_row(entry, database.ttl_s) for entry in database.rows(request.after, limit)])
         assert isinstance(request, Status)
         return self._state()
+
+    def _forget(self, request: Remove | Clear, staging: Staging) -> Reply:
+        try:
+            if isinstance(request, Remove):
+                return Done(self._database.remove(_keys(staging, request.count)))
+            held = len(self._database)
+            self._database.clear()
+            return Done(held)
+        except OSError as error:
+            return Refused(f"a record cannot be removed: {error}")
 
     def _put(self, connection: _Connection, request: Put) -> Reply:
         if len(request.key) != KEY_BYTES or connection.draft is not None:
@@ -258,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Own the database of a directory until nobody wants it; 0 too if somebody owns it already."""
     parser = argparse.ArgumentParser(prog="vcache tier owner", description=__doc__)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--capacity-bytes", type=int, required=True)
+    parser.add_argument("--capacity-bytes", type=int, required=True, help="0: until an engine says it")
     parser.add_argument("--ttl-s", type=float, default=0.0)
     parser.add_argument("--idle-s", type=float, default=TIER_OWNER_IDLE_S, help="0: never end by itself")
     options = parser.parse_args(arguments)
@@ -268,12 +282,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     database = Database(options.directory, options.capacity_bytes, options.ttl_s, time.time)
     try:
-        owner = Owner(database, listen(options.directory), options.idle_s)
+        owner = Owner(database, listen(options.directory), options.idle_s, lock.still_ours)
         signal.signal(signal.SIGTERM, owner.stop)
         signal.signal(signal.SIGINT, owner.stop)
         _log.info(Line("owns the database", directory=str(options.directory), records=len(database)))
         owner.run()
-        (options.directory / SOCKET).unlink(missing_ok=True)
+        if lock.still_ours():
+            (options.directory / SOCKET).unlink(missing_ok=True)
+        else:
+            _log.error(Line("the directory was removed or made anew", directory=str(options.directory)))
     finally:
         database.close()
         lock.release()

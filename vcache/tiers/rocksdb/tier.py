@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
-from vcache.errors import ArgumentError, EngineClosed, RemoteProtocolError, Unavailable
+from vcache.errors import ArgumentError, ConfigError, EngineClosed, RemoteProtocolError, Unavailable
 from vcache.limits import (
     KEY_BYTES,
     KEYS_PER_REQUEST_MAX,
@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     import torch
 
 _log = logging.getLogger(__name__)
+
+_FIELD: Final = "tiers.rocksdb.directory"
 
 _STAGING: Final = KEYS_PER_REQUEST_MAX * KEY_BYTES
 """All keys of one request."""
@@ -135,8 +137,8 @@ class RocksTier:
     takes. The database belongs to a process of its own, started by whoever needs it first; every engine that
     names the directory shares it, and the newest engine's settings count. capacity_bytes: of all records; the
     least recently used go first. ttl_s: age at which a record expires, also one of before; 0: none.
-    deadline_s: of one call. clock: seconds since 1970. own_settings: False leaves those of the owner
-    as they are.
+    deadline_s: of one call. clock: seconds since 1970. observes: for people who look: the owner keeps the
+    settings that it has, whole records are read however old they are, and that does not count as a use.
 
     Raises ConfigError for a directory that is not private, ArgumentError.
     """
@@ -151,16 +153,14 @@ class RocksTier:
         ttl_s: float = 0.0,
         deadline_s: float = 5.0,
         clock: Callable[[], float] = time.time,
-        own_settings: bool = True,
+        observes: bool = False,
     ) -> None:
         if capacity_bytes < MIB:
             raise ArgumentError("capacity_bytes", capacity_bytes, f"at least {MIB}")
-        self._directory = private_directory(
-            Path(directory).expanduser().absolute(), "tiers.rocksdb.directory"
-        )
-        self._capacity_bytes = capacity_bytes
-        self._ttl_s = ttl_s
-        self._told_bytes = capacity_bytes if own_settings else 0
+        self._directory = private_directory(Path(directory).expanduser().absolute(), _FIELD)
+        self._observes = observes
+        self._capacity_bytes = 0 if observes else capacity_bytes
+        self._ttl_s = 0.0 if observes else ttl_s
         self._deadline_s = deadline_s
         self._clock = clock
         self._idle: list[_Link] = []
@@ -194,17 +194,18 @@ class RocksTier:
             return None
         if isinstance(header, Flaw):
             _log.warning(Line("a record is deleted", tier=self.name, key=key.hex(), flaw=header.value))
-            self.remove([key])
+            with suppress(Unavailable, OSError):  # then it is a miss all the same, and deleted another time
+                self.remove([key])
             return None
         expires_ms = header.expiry_ms(self._ttl_s)
-        if has_expired(expires_ms, int(self._clock() * 1000)):
+        if not self._observes and has_expired(expires_ms, int(self._clock() * 1000)):
             return None
         self._tell_used(key)
         return Found(expires_ms)
 
     def _tell_used(self, key: bytes) -> None:
         with self._guard:
-            if len(self._used) < TIER_USES_MAX:
+            if not self._observes and len(self._used) < TIER_USES_MAX:
                 self._used.append(key)
 
     def put(self, key: bytes, chunk: torch.Tensor, layout: bytes, expires_ms: int = 0) -> bool:
@@ -317,7 +318,7 @@ class RocksTier:
                 raise EngineClosed(f"tier {self.name!r} is closed")
             if self._idle:
                 return self._idle.pop()
-        hello = Hello(PROTOCOL, _STAGING, self._told_bytes, self._ttl_s)
+        hello = Hello(PROTOCOL, _STAGING, self._capacity_bytes, self._ttl_s)
         while True:
             try:
                 return _Link(self._directory, hello, max(deadline_s - time.monotonic(), 1e-3))
@@ -333,6 +334,11 @@ class RocksTier:
             if self._is_closed or now_s - self._tried_s < TIER_OWNER_TRY_INTERVAL_S:
                 return
             self._tried_s = now_s
+        try:
+            private_directory(self._directory, _FIELD)  # somebody may have removed it
+        except ConfigError as error:
+            _log.error(Line("no owner of the database can be started", error=str(error)))
+            return
         if start_owner(self._directory, self._capacity_bytes, self._ttl_s):
             _log.info(Line("started the owner of a database", directory=str(self._directory)))
 
