@@ -258,6 +258,11 @@ RECORD_HEADER_BYTES: Final = 128
 TIER_OWED_MAX: Final = 1_024
 """Chunks that a tier has still to forget once it answers: removed while they were written to it."""
 
+TIER_OWED_PAUSE_S: Final = 1.0
+"""How often it is told so again, a few at a time: what it cannot do, as on a disk that is read-only, shall
+not keep it from all else.
+"""
+
 TIER_READERS: Final = 4
 """Threads that read one tier for an engine: enough to keep an SSD or a network busy. Calls that hang take
 them up one by one, and with the last one the tier is out of use until they return.

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 from vcache.engine.stats import Cause, Counters
 from vcache.engine.tier_breaker import TierBreaker
 from vcache.kernels.affinity import use_all_cores
-from vcache.limits import TIER_OWED_MAX, TIER_READERS
+from vcache.limits import TIER_OWED_MAX, TIER_OWED_PAUSE_S, TIER_READERS
 from vcache.tiers import Tier
 
 Answer = TypeVar("Answer")
@@ -98,6 +98,7 @@ class TierCalls:
         self._is_closed = False
         self._writing_since_s: float | None = None
         self._owed: deque[Callable[[], int]] = deque(maxlen=TIER_OWED_MAX)
+        self._pay_at_s = 0.0
 
     @property
     def is_available(self) -> bool:
@@ -152,8 +153,8 @@ class TierCalls:
         return self.finish(self.begin(request), otherwise, deadline_s)
 
     def insist(self, request: Callable[[], int]) -> None:
-        """As `ask`, but the call is made in any case, and made again whenever the tier has answered another
-        one, until it does not raise; TIER_OWED_MAX are kept for that.
+        """As `ask`, but the call is made in any case, and made again when the tier answers others, until it
+        does not raise; TIER_OWED_MAX are kept for that.
         """
         deadline_s = self.deadline_s()
         self.finish(self._insisted(request), 0, deadline_s)
@@ -175,6 +176,10 @@ class TierCalls:
     def _pay(self) -> None:
         """The tier answers: make again what it still has to do."""
         with self._guard:
+            now_s = self._clock()
+            if not self._owed or now_s < self._pay_at_s:
+                return
+            self._pay_at_s = now_s + TIER_OWED_PAUSE_S
             owed = [self._owed.popleft() for _ in range(min(len(self._owed), TIER_READERS))]
         for request in owed:
             self._insisted(request)
