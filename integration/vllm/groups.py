@@ -67,6 +67,7 @@ def read_groups(vllm_config: Any, kv_cache_config: Any, chunk_tokens: int) -> Gr
     chunk_tokens: as configured, 0 for one block (of several groups: for the least that all their blocks
     divide).
     """
+    check_model(vllm_config.model_config)
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
@@ -89,6 +90,25 @@ def read_groups(vllm_config: Any, kv_cache_config: Any, chunk_tokens: int) -> Gr
     return Groups(groups, chunk_tokens, hash_tokens)
 
 
+def check_model(model: Any) -> None:
+    """Raises ConfigError for models whose KV or whose answers are not those of a prefix that was computed
+    before. vLLM's own prefix cache is off for them, but a connector is asked all the same.
+    """
+    if getattr(model, "is_diffusion", False):
+        raise ConfigError(
+            f"model: got {model.model}, a diffusion model, wanted one whose tokens look only at those before "
+            "them: VCache keeps KV that what follows does not change"
+        )
+    if model.runner_type == "pooling" and not model.is_prefix_caching_supported:
+        pooler = model.pooler_config
+        raise ConfigError(
+            f"pooler_config: got {pooler.seq_pooling_type} and {pooler.tok_pooling_type} pooling with "
+            f"{model.attn_type} attention, wanted pooling that does without a prefix's tokens (LAST): vLLM "
+            "has no prefix cache for this model and ends when a part of a prompt is loaded; serve it without "
+            "VCache"
+        )
+
+
 def _group(index: int, group: Any) -> Group:
     spec = group.kv_cache_spec
     specs = list(spec.kv_cache_specs.values()) if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
@@ -101,7 +121,14 @@ def _group(index: int, group: Any) -> Group:
 
 
 def _window_tokens(index: int, spec: Any) -> int:
-    """How far back the layers look; ConfigError for those whose state is not the KV of tokens."""
+    """How far back the layers look; ConfigError for those whose state is not the KV of tokens, or changes
+    with the tokens behind them.
+    """
+    if getattr(spec, "non_causal", False):
+        raise ConfigError(
+            f"KV group {index}: got layers that look ahead within a prompt (non_causal, prefix LM), wanted "
+            "causal attention: their KV of a prefix changes with what follows it"
+        )
     if isinstance(spec, SlidingWindowSpec):
         return int(spec.sliding_window) - 1 + int(getattr(spec, "extra_retained_tokens", 0))
     if type(spec) in (FullAttentionSpec, MLAAttentionSpec):

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from vllm.config import ModelConfig, PoolerConfig
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
 )
 
-from integration.vllm.groups import Group, _window_tokens
+from integration.vllm.groups import Group, _group, _window_tokens, check_model
 from integration.vllm.tensors import describe_pages, page_bytes
 from vcache.errors import ConfigError
 from vcache.kernels import gather_pages, scatter_pages
@@ -40,6 +45,53 @@ def test_a_window_is_what_layers_look_back_at() -> None:
 def test_state_that_is_not_the_kv_of_tokens_is_refused_in_words(spec: Any) -> None:
     with pytest.raises(ConfigError, match=f"KV group 3: got {type(spec).__name__}, wanted full attention"):
         _window_tokens(3, spec)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_layers_that_look_ahead_are_refused_in_words(together: bool) -> None:
+    causal, ahead = FullAttentionSpec(**SHAPE), FullAttentionSpec(**SHAPE, non_causal=True)
+    both = UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"first": causal, "second": ahead})
+    grouped: Any = SimpleNamespace(kv_cache_spec=both if together else ahead, layer_names=["first", "second"])
+    with pytest.raises(
+        ConfigError, match=r"KV group 3: got layers that look ahead .*wanted causal attention"
+    ):
+        _group(3, grouped)
+
+
+@pytest.mark.parametrize("pooling", ["MEAN", "CLS"])
+def test_pooling_that_needs_all_tokens_is_refused_in_words(model: Callable[..., Path], pooling: Any) -> None:
+    path = str(model("llama"))
+    pooled = ModelConfig(
+        model=path,
+        skip_tokenizer_init=True,
+        runner="pooling",
+        convert="embed",
+        pooler_config=PoolerConfig(seq_pooling_type=pooling),
+    )
+    with pytest.raises(ConfigError, match=f"pooler_config: got {pooling} and .*wanted .*LAST"):
+        check_model(pooled)
+
+
+def test_pooling_of_the_last_token_and_generation_are_served(model: Callable[..., Path]) -> None:
+    path = str(model("llama"))
+    check_model(ModelConfig(model=path, skip_tokenizer_init=True))
+    check_model(
+        ModelConfig(
+            model=path,
+            skip_tokenizer_init=True,
+            runner="pooling",
+            convert="embed",
+            pooler_config=PoolerConfig(seq_pooling_type="LAST"),
+        )
+    )
+
+
+def test_diffusion_is_refused_in_words(model: Callable[..., Path]) -> None:
+    diffusing = ModelConfig(
+        model=str(model("llama")), skip_tokenizer_init=True, hf_overrides={"canvas_length": 32}
+    )
+    with pytest.raises(ConfigError, match=r"model: got .*a diffusion model"):
+        check_model(diffusing)
 
 
 def group(*layers: str) -> Group:
