@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Set
+from dataclasses import fields, is_dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -19,20 +21,16 @@ _UNTOLD = ("_name_or_path", "transformers_version", "_attn_implementation_autose
 def model_identity(vllm_config: Any) -> tuple[str, str]:
     """(a name for people that the pool groups chunks by, a digest of all that decides the KV of a token)."""
     model = vllm_config.model_config
-    files = _files_of(model.model, model.revision or "")
-    fields = [
-        files,
-        str(model.dtype),
-        str(model.quantization),
-        _configuration(model),
-        _speculator(vllm_config),
+    told = [
+        *_model_fields(model),
+        *_speculator(vllm_config),
         _weights(vllm_config, model),
         str(vllm_config.cache_config.cache_dtype),
         str(getattr(vllm_config.cache_config, "calculate_kv_scales", False)),
     ]
     parallel = vllm_config.parallel_config
-    fields += [str(parallel.tensor_parallel_size), str(parallel.pipeline_parallel_size)]
-    digest = _digest(fields)
+    told += [str(parallel.tensor_parallel_size), str(parallel.pipeline_parallel_size)]
+    digest = _digest(told)
     return f"{Path(model.model).name} {digest[:12]}", digest
 
 
@@ -100,25 +98,53 @@ def _snapshot(name: str, revision: str) -> str:
         return name
 
 
-def _configuration(model: Any) -> str:
+def _model_fields(model: Any) -> list[str]:
+    """A model's files, and what is made of them."""
     told = {name: value for name, value in model.hf_config.to_dict().items() if name not in _UNTOLD}
-    return json.dumps(told, sort_keys=True, default=str)
+    return [
+        _files_of(model.model, model.revision or ""),
+        str(model.dtype),
+        str(model.quantization),
+        _canonical(getattr(model, "quantization_config", None)),
+        _canonical(told),
+    ]
 
 
-def _speculator(vllm_config: Any) -> str:
+def _speculator(vllm_config: Any) -> list[str]:
     """A draft model's layers lie in the same pages."""
     speculative = vllm_config.speculative_config
     if speculative is None:
-        return ""
+        return []
     draft = getattr(speculative, "draft_model_config", None)
-    files = "" if draft is None else _files_of(draft.model, draft.revision or "")
-    return f"{getattr(speculative, 'method', '')} {files}"
+    return [str(getattr(speculative, "method", "")), *([] if draft is None else _model_fields(draft))]
 
 
 def _weights(vllm_config: Any, model: Any) -> str:
-    """Weights that are not read from the files are what the seed makes them."""
-    loading = str(getattr(vllm_config.load_config.load_format, "value", vllm_config.load_config.load_format))
-    return f"dummy {model.seed}" if loading == "dummy" else ""
+    """How weights are loaded: a loader may be told to read others than the files have, and those that are not
+    read at all are what the seed makes them.
+    """
+    load = vllm_config.load_config
+    loading = str(getattr(load.load_format, "value", load.load_format))
+    told = _canonical(load.model_loader_extra_config)
+    return f"dummy {model.seed} {told}" if loading == "dummy" else told
+
+
+def _canonical(value: Any) -> str:
+    """The same words for the same configuration in every process. Objects of classes that we do not know are
+    told apart by what they say of themselves.
+    """
+    return json.dumps(value, sort_keys=True, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON does not know, in terms of others."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, Set):
+        return sorted(map(_canonical, value))
+    if isinstance(value, Mapping):
+        return dict(value)
+    return str(value)
 
 
 def _digest(fields: list[str]) -> str:
