@@ -186,6 +186,15 @@ def test_large_weights_are_sampled_to_the_last_byte(tmp_path: Path) -> None:
     assert model_digest(plain) != model_digest(last)
 
 
+def test_one_byte_between_samples_counts_when_all_are_read(tmp_path: Path) -> None:
+    weights = bytearray(MODEL_SAMPLES * MODEL_SAMPLE_BYTES * 2)
+    plain = model_at(tmp_path / "a", weights=bytes(weights))
+    weights[MODEL_SAMPLE_BYTES + 1] = 1
+    other = model_at(tmp_path / "b", weights=bytes(weights))
+    assert model_digest(plain) == model_digest(other)
+    assert model_digest(plain, is_sampled=False) != model_digest(other, is_sampled=False)
+
+
 def test_a_directory_without_a_model_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"model: got .*a directory with a configuration or weights"):
         model_digest(tmp_path)

@@ -10,7 +10,7 @@ everything in the root. Python's own `hash` is never used: it differs between pr
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeAlias
@@ -19,7 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from vcache.errors import ArgumentError
-from vcache.limits import FINGERPRINT_BYTES, KEY_BYTES, MODEL_SAMPLE_BYTES, MODEL_SAMPLES, NAMESPACE_BYTES
+from vcache.limits import (
+    FINGERPRINT_BYTES,
+    KEY_BYTES,
+    MODEL_PIECE_BYTES,
+    MODEL_SAMPLE_BYTES,
+    MODEL_SAMPLES,
+    NAMESPACE_BYTES,
+)
 
 _ROOT_VERSION: Final = b"vcache.key.1"
 _MODEL_VERSION: Final = b"vcache.model.1"
@@ -143,13 +150,13 @@ def namespace(model: str) -> bytes:
     return blake2b(model.encode(), digest_size=NAMESPACE_BYTES, person=b"vcache.space").digest()
 
 
-def model_digest(path_or_name: str | os.PathLike[str], revision: str = "") -> str:
+def model_digest(path_or_name: str | os.PathLike[str], revision: str = "", *, is_sampled: bool = True) -> str:
     """The identity of a model, or of a LoRA adapter, as 32 hexadecimal digits.
 
     For a directory (or one weights file): names, sizes and contents of the configuration, index and code
     files, names and sizes of the weights, and samples of their bytes, since two checkpoints of one training
     run differ in nothing else. Where it lies does not count. Samples can miss a change of a few tensors: give
-    such a model its own `revision`.
+    such a model its own `revision`, or have all bytes read (is_sampled=False).
     For a name that is no path: a digest of name and revision. Raises ArgumentError for a directory without a
     model.
     """
@@ -159,27 +166,35 @@ def model_digest(path_or_name: str | os.PathLike[str], revision: str = "") -> st
         names = sorted(file.name for file in files if file.suffix in _WHOLE_SUFFIXES | _WEIGHT_SUFFIXES)
         if not names:
             raise ArgumentError("model", path, "a directory with a configuration or weights")
-        fields = [b"directory", *(field for name in names for field in _file_fields(path / name))]
+        fields = [b"directory", *(field for name in names for field in _file_fields(path / name, is_sampled))]
     elif path.is_file():
-        fields = [b"file", *_file_fields(path)]
+        fields = [b"file", *_file_fields(path, is_sampled)]
     else:
         fields = [b"name", str(path_or_name).encode()]
     return blake2b(join_fields([_MODEL_VERSION, revision.encode(), *fields]), digest_size=16).hexdigest()
 
 
-def _file_fields(path: Path) -> list[bytes]:
+def _file_fields(path: Path, is_sampled: bool) -> list[bytes]:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        content = file.read() if path.suffix in _WHOLE_SUFFIXES else _samples(file, size)
-    return [path.name.encode(), size.to_bytes(8, "little"), blake2b(content, digest_size=32).digest()]
+        whole = path.suffix in _WHOLE_SUFFIXES or not is_sampled
+        digest = blake2b(digest_size=32)
+        for piece in _pieces(file) if whole else _samples(file, size):
+            digest.update(piece)
+    return [path.name.encode(), size.to_bytes(8, "little"), digest.digest()]
 
 
-def _samples(file: BinaryIO, size: int) -> bytes:
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    """All of a file."""
+    while piece := file.read(MODEL_PIECE_BYTES):
+        yield piece
+
+
+def _samples(file: BinaryIO, size: int) -> Iterator[bytes]:
     """Evenly spaced pieces of a file, its first and last bytes among them; a small file as it is."""
     if size <= MODEL_SAMPLES * MODEL_SAMPLE_BYTES:
-        return file.read()
-    pieces = []
+        yield from _pieces(file)
+        return
     for index in range(MODEL_SAMPLES):
         file.seek((size - MODEL_SAMPLE_BYTES) * index // (MODEL_SAMPLES - 1))
-        pieces.append(file.read(MODEL_SAMPLE_BYTES))
-    return b"".join(pieces)
+        yield file.read(MODEL_SAMPLE_BYTES)

@@ -137,6 +137,9 @@ MODEL_SAMPLE_BYTES: Final = 16 * KIB
 """One such piece; 1 MiB per file, so a model of 200 files is identified in about a second from a local disk.
 """
 
+MODEL_PIECE_BYTES: Final = 4 * MIB
+"""What is read at once of a file that a model's identity reads as a whole: no more memory than that."""
+
 FAILURE_LOG_INTERVAL_S: Final = 10.0
 """An engine logs a failure of one cause at most this often: it is asked thousands of times a second, people
 read logs.
