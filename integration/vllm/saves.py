@@ -8,6 +8,7 @@ by then, and nothing that was computed upon it is stored.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,8 +60,15 @@ class PagePins:
     share_max: float
     block_pool: Any = None
     pinned: int = 0
+    _pins: Counter[int] = field(default_factory=Counter)
     _jobs: dict[int, InFlight] = field(default_factory=dict)
     _last: int = 0
+
+    @property
+    def frees_blocks(self) -> bool:
+        """Whether a page is pinned that nobody has but we: it is free again once it is unpinned."""
+        blocks = () if self.block_pool is None else self.block_pool.blocks
+        return any(blocks[page].ref_cnt == pins for page, pins in self._pins.items())
 
     def room_for(self, pages: int) -> bool:
         """Whether so many more may be pinned."""
@@ -71,12 +79,18 @@ class PagePins:
     def pin(self, pages: Sequence[int]) -> None:
         """Nobody else gets these."""
         self.pinned += len(pages)
+        self._pins.update(pages)
         self.block_pool.touch([self.block_pool.blocks[page] for page in pages])
 
     def unpin(self, pages: Iterable[int]) -> None:
         """As before; the last ones are reused first, so that prefixes stay."""
+        pages = list(pages)
+        self.pinned -= len(pages)
+        for page in pages:
+            self._pins[page] -= 1
+            if not self._pins[page]:
+                del self._pins[page]
         blocks = [self.block_pool.blocks[page] for page in pages]
-        self.pinned -= len(blocks)
         self.block_pool.free_blocks(reversed(blocks))
 
     def uncache(self, pages: set[int]) -> None:

@@ -325,12 +325,14 @@ class SchedulerHalf:
     @property
     def busy(self) -> bool:
         """Whether workers have to be heard although no request needs them."""
-        return self.frees_blocks or self._fetches.busy
+        return self._captures.busy or self._fetches.busy
 
     @property
     def frees_blocks(self) -> bool:
-        """Whether blocks come back once saves that are under way have been reported."""
-        return self._captures.busy
+        """Whether blocks come back soon: those that only pins of ours keep. What running requests have, too,
+        stays theirs when it is stored, and nobody is to wait for it.
+        """
+        return self._pins.frees_blocks
 
     def reset(self) -> bool:
         """Never find again what was stored until now; False if that cannot be promised now.
