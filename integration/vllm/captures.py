@@ -57,22 +57,31 @@ class Captures:
         ordered, self._ordered = self._ordered, []
         return ordered
 
-    def capture(self, tracked: Tracked, tokens: int, tables: Tables, arriving: set[int]) -> None:
-        """Pin the pages of chunks that are complete once `tokens` tokens are computed.
-
-        arriving: pages that loads under way fill.
+    def completed(self, tracked: Tracked, tokens: int) -> range:
+        """Chunks to be captured once `tokens` tokens are computed. Only for these are its block tables
+        needed, which vLLM copies when asked for them.
         """
         if tracked.barred or not self._store or not self._keys.complete:
-            return
+            return range(0)
         request, groups = tracked.request, self._groups
         if not self._store_generated:
             tokens = min(tokens, request.num_prompt_tokens)
         end = min(tokens // groups.chunk_tokens, len(request.block_hashes) // groups.hashes_per_chunk)
+        return range(tracked.captured_to, end)
+
+    def capture(self, tracked: Tracked, chunks: range, tables: Tables, arriving: set[int]) -> None:
+        """Pin the pages of these chunks, which `completed` gave.
+
+        arriving: pages that loads under way fill.
+        """
+        if not chunks:
+            return
+        groups = self._groups
         of_groups = [tables[group.index] for group in groups]
         per_chunk = [group.pages_in(groups.chunk_tokens) for group in groups]
         taken: list[Captured] = []
         pages: list[int] = []
-        for chunk in range(tracked.captured_to, end):
+        for chunk in chunks:
             if chunk in tracked.loaded:
                 continue
             captured = pages_of_chunk(chunk, of_groups, per_chunk)
@@ -89,7 +98,7 @@ class Captures:
         if pages:
             self._pins.pin(pages)
             tracked.captured += taken
-        tracked.captured_to = max(tracked.captured_to, end)
+        tracked.captured_to = chunks.stop
 
     def confirm(self, tracked: Tracked) -> None:
         """Order to store those captured chunks of which the steps that computed them came back well."""

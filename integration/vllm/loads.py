@@ -124,12 +124,17 @@ class Loads:
         size = self._groups.chunk_tokens
         tracked.loaded = range(tokens.start // size, tokens.stop // size)
 
-    def note_sharers(self, step: Any) -> None:
-        """Whoever hits blocks that are being loaded within the step computes upon them, too."""
+    def note_sharers(self, step: Any, tracked: dict[str, Tracked]) -> None:
+        """Whoever hits blocks that are being loaded within the step computes upon them, too: those that are
+        admitted with it. tracked: all requests that there are, but for those that use no pool.
+        """
         if self.is_async or not self._running:  # those of asynchronous loads cannot be hit before the end
             return
         filled = [(loading, loading.targets.since(0)) for loading in self._running.values()]
         for request_id in step.num_scheduled_tokens:
+            known = tracked.get(request_id)
+            if known is not None and known.first_scheduled:  # it was admitted before
+                continue
             tables = step.kv_connector_block_state.get_block_ids(request_id) or ()
             for loading, pages in filled:
                 for group in self._groups if tables else ():

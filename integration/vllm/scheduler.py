@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import contextmanager
 from typing import Any
@@ -148,7 +148,8 @@ class SchedulerHalf:
         self._let_go(tracked)
         if tracked.is_confirmed:
             try:
-                self._captures.capture(tracked, tracked.processed, tables, self._loads.arriving())
+                chunks = self._captures.completed(tracked, tracked.processed)
+                self._captures.capture(tracked, chunks, tables, self._loads.arriving())
                 self._captures.confirm(tracked)
             finally:
                 self._captures.drop(tracked)
@@ -280,7 +281,7 @@ class SchedulerHalf:
     def orders(self, step: Any) -> Orders:
         """What the workers are to do with this step of vLLM's scheduler."""
         try:
-            self._loads.note_sharers(step)
+            self._loads.note_sharers(step, self._tracked)
             self._captures.confirm_all(self._tracked.values())
             self._capture_step(step)
         except Exception:  # nothing is stored then; but loads must not get lost, for vLLM counts on them
@@ -304,10 +305,10 @@ class SchedulerHalf:
             tracked = self._tracked.get(request_id)
             if tracked is None:
                 continue
-            tables: Sequence[Sequence[int]] | None = step.kv_connector_block_state.get_block_ids(request_id)
+            chunks = self._captures.completed(tracked, tracked.request.num_computed_tokens + tokens)
+            tables = step.kv_connector_block_state.get_block_ids(request_id) if chunks else None
             if tables is not None:
-                computed = tracked.request.num_computed_tokens + tokens
-                self._captures.capture(tracked, computed, tables, arriving)
+                self._captures.capture(tracked, chunks, tables, arriving)
             tracked.stepped(tokens)
 
     def reported(self, report: Report | None) -> None:

@@ -50,7 +50,14 @@ class Pool:
 class Scheduling(SchedulerHalf):
     """The scheduler's half over vLLM's block pool; its searches find what the test says."""
 
-    def __init__(self, *, private: bool = False, has_tiers: bool = False, load_async: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        private: bool = False,
+        has_tiers: bool = False,
+        load_async: bool = False,
+        stores: bool = True,
+    ) -> None:
         self.pool: Any = Pool()
         self.pages = PagePins(0.5, BlockPool(64, True, BLOCK))
         self.answers: list[tuple[int, int]] = []
@@ -65,10 +72,12 @@ class Scheduling(SchedulerHalf):
             pins=self.pages,
             events=StoredEvents(GROUPS, enabled=False),
             ranks=1,
+            stores_at_all=stores,
             load_async=load_async,
             has_tiers=has_tiers,
         )
         self.saves: list[Save] = []
+        self.tables_read: list[str] = []
 
     def _begin(self, wanted: Any, within_s: float) -> Future[Pinned]:
         """A search, answered at once: with the chunks that `answers` says next, else with nothing."""
@@ -107,7 +116,12 @@ class Scheduling(SchedulerHalf):
 
     def step(self, tables: dict[str, list[int]], **tokens: int) -> Orders:
         """vLLM has scheduled so many tokens of these requests."""
-        state = SimpleNamespace(get_block_ids=lambda request: (tables[request],))
+
+        def get_block_ids(request: str) -> tuple[list[int]]:
+            self.tables_read.append(request)
+            return (tables[request],)
+
+        state = SimpleNamespace(get_block_ids=get_block_ids)
         orders = self.orders(
             SimpleNamespace(
                 total_num_scheduled_tokens=sum(tokens.values()),

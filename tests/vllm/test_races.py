@@ -94,6 +94,44 @@ def test_a_request_that_is_admitted_anew_after_a_failed_load_is_stored() -> None
     assert set(table[:6]) <= half.pages_saved()
 
 
+def test_only_who_is_admitted_with_a_load_can_have_hit_it() -> None:
+    half = Scheduling()
+    before, table = request_of("before", 102), [20, 21, 22, 23, 24, 25, 26]
+    half.admit(before, table)
+    half.step({"before": table}, before=40)
+    half.admit(one := request_of("one", 102), FIRST, 64)
+    one.num_computed_tokens = 64
+    half.tables_read.clear()
+    half.step({"before": table, "one": FIRST}, before=4, one=38)
+    assert half.tables_read == ["one", "one"]  # once for what it loads, once for what it computes
+
+
+# -- the block tables, which vLLM copies when they are read
+
+
+def test_a_block_table_is_read_when_a_chunk_is_complete() -> None:
+    half = Scheduling()
+    one, table = request_of("one", 102), FIRST
+    half.admit(one, table)
+    read = []
+    for tokens in (15, 1, 8, 40):
+        half.tables_read.clear()
+        half.step({"one": table}, one=tokens)
+        read.append(list(half.tables_read))
+    assert read == [[], ["one"], [], ["one"]]
+
+
+@pytest.mark.parametrize("barred", [True, False])
+def test_no_block_table_is_read_when_nothing_is_stored(barred: bool) -> None:
+    half = Scheduling(stores=barred)
+    one = request_of("one", 102)
+    half.admit(one, FIRST)
+    if barred:
+        assert half.reset()
+    half.step({"one": FIRST}, one=102)
+    assert half.tables_read == []
+
+
 # -- a failed load in vLLM's own prefix cache
 
 
