@@ -312,13 +312,16 @@ class SchedulerHalf:
             tracked.stepped(tokens)
 
     def reported(self, report: Report | None) -> None:
-        """The workers have come through a step."""
+        """The workers have come through a step. What one part cannot make of it is not lost to the others."""
         if report is not None:
-            if report.identities:
+            with _apart("identities"):
                 self.hear(report.identities)
-            self._loads.reported(report, self._tracked)
-            self._captures.reported(report)
-            self._fetches.reported(report)
+            with _apart("loads"):
+                self._loads.reported(report, self._tracked)
+            with _apart("saves"):
+                self._captures.reported(report)
+            with _apart("fetches"):
+                self._fetches.reported(report)
         self._captures.confirm_all(self._tracked.values())
 
     # -- everything else
@@ -370,6 +373,15 @@ class SchedulerHalf:
     def take_events(self) -> list[Any]:
         """KV events since the last call."""
         return self._captures.take_events()
+
+
+@contextmanager
+def _apart(part: str) -> Iterator[None]:
+    """What is raised inside stays there, as a line in the log."""
+    try:
+        yield
+    except Exception:
+        _log.exception("what workers said of %s was not understood", part)
 
 
 def _private(wanted: str, vllm_config: Any) -> bool:

@@ -275,6 +275,20 @@ def test_chunks_that_cannot_be_ordered_hold_no_pages(monkeypatch: pytest.MonkeyP
     assert half.pages.pinned == 0 and not half.frees_blocks
 
 
+def test_a_report_that_one_part_cannot_read_is_heard_by_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = Scheduling(has_tiers=True)
+    one, table = request_of("one", 70), [1, 2, 3, 4, 5]
+    half.admit(one, table)
+    half.step({"one": table}, one=70)
+    half._fetches.forget()
+    half.step({})
+    one.num_in_flight_tokens = 0
+    (save,) = half.step({}).saves
+    monkeypatch.setattr(half._loads, "reported", lambda *_: 1 // 0)
+    half.reported(Report(loads=Counter({1: 1}), saves=Counter({save.id: 1}), forgotten=1))
+    assert half.pages.pinned == 0 and not half.busy
+
+
 @pytest.mark.parametrize("private", [True, False])
 def test_a_reset_cannot_be_promised_during_a_load(private: bool) -> None:
     half = Scheduling(private=private)
