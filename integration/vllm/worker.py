@@ -100,6 +100,7 @@ class WorkerHalf:
         self._mapped_for = 0
         self._map_again_at_s = 0.0
         self._idle = False
+        self._saves: list[Save] = []
         self._loader = started(ThreadPoolExecutor(1, "vcache-load", use_all_cores), 1)
         self._saver = started(ThreadPoolExecutor(1, "vcache-save", use_all_cores), 1)
 
@@ -206,6 +207,8 @@ class WorkerHalf:
             if not (load.is_async or self._layerwise):
                 self._load_here(load)
         # Behind the loads, on which vLLM counts whatever else fails.
+        self._begin_saves()  # with a speculator vLLM ends the step before in its last pipeline stage alone
+        self._saves = orders.saves
         if orders.tell and self._identity is not None:
             self._done.tell(self._identity)
         self._fetcher.begin(orders)
@@ -322,8 +325,13 @@ class WorkerHalf:
     def start_saves(self, orders: Orders) -> None:
         """Begin to store; vLLM keeps the pages as they are until it is reported."""
         self.finish_loads()
-        self._done.begin(Work.SAVE, len(orders.saves))
-        for save in orders.saves:
+        self._saves = orders.saves
+        self._begin_saves()
+
+    def _begin_saves(self) -> None:
+        saves, self._saves = self._saves, []
+        self._done.begin(Work.SAVE, len(saves))
+        for save in saves:
             try:
                 self._saver.submit(self._save, save, self._queued())
             except Exception as error:  # vLLM keeps no pages for a save that does not begin

@@ -57,6 +57,29 @@ def test_a_load_that_cannot_begin_has_failed_and_nobody_waits(
     assert worker._done.running(Work.LOAD) == worker._done.running(Work.SAVE) == 0
 
 
+def test_saves_of_a_step_that_vllm_does_not_end_here_begin_with_the_next(working: Any) -> None:
+    worker = working()
+    worker.start_loads(Orders(saves=[SAVE]))
+    worker.results()
+    assert not worker.report() and not worker.transfers
+    worker.start_loads(Orders())
+    worker.start_saves(Orders())
+    worker.close()
+    worker.results()
+    assert worker.report().saves == {1: 1} and len(worker.transfers) == 1
+
+
+def test_saves_begin_once(working: Any) -> None:
+    worker, orders = working(), Orders(saves=[SAVE])
+    worker.start_loads(orders)
+    worker.start_saves(orders)
+    worker.start_loads(Orders())
+    worker.close()
+    worker.results()
+    assert worker.report().saves == {1: 1} and len(worker.transfers) == 1
+    assert worker._done.running(Work.SAVE) == 0
+
+
 def test_segments_are_mapped_again_at_times(working: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def mapped(again_s: float) -> int:
         monkeypatch.setattr(worker_module, "_MAP_AGAIN_S", again_s)
