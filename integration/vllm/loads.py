@@ -31,10 +31,13 @@ _FAILED_MAX = 65_536
 
 
 class Failures:
-    """Chunks that did not arrive lately, by block hash."""
+    """Chunks that did not arrive lately, by block hash, the longest ago first."""
 
     def __init__(self) -> None:
         self._failed: OrderedDict[bytes, float] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._failed)
 
     def note(self, chunk_hash: bytes) -> None:
         """It did not arrive."""
@@ -45,14 +48,14 @@ class Failures:
 
     def first(self, groups: Groups, request: Any, chunks: range) -> int:
         """The first of these chunks of a request that counts as a miss; the end if none does."""
-        if not self._failed:
+        expired_s = time.monotonic() - _FAILED_MISS_S
+        while self._failed and next(iter(self._failed.values())) <= expired_s:
+            self._failed.popitem(last=False)
+        if not self._failed:  # as nearly always: no hash need be looked at
             return chunks.stop
-        now_s = time.monotonic()
-        for chunk in chunks:
-            failed_at_s = self._failed.get(groups.hash_of(request, chunk))
-            if failed_at_s is not None and now_s - failed_at_s < _FAILED_MISS_S:
-                return chunk
-        return chunks.stop
+        return next(
+            (chunk for chunk in chunks if groups.hash_of(request, chunk) in self._failed), chunks.stop
+        )
 
 
 @dataclass

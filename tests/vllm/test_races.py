@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from vllm.v1.request import RequestStatus
 
-from integration.vllm import keys
+from integration.vllm import keys, loads
+from integration.vllm.loads import Failures
 from integration.vllm.messages import Report
-from tests.vllm.halves import PLACE, Scheduling, made_keys, request_of
+from tests.vllm.halves import GROUPS, PLACE, Scheduling, made_keys, request_of
 from vcache.keys import KeyChain
 
 pytestmark = pytest.mark.usefixtures("hashes")
@@ -104,6 +105,20 @@ def test_only_who_is_admitted_with_a_load_can_have_hit_it() -> None:
     half.tables_read.clear()
     half.step({"before": table, "one": FIRST}, before=4, one=38)
     assert half.tables_read == ["one", "one"]  # once for what it loads, once for what it computes
+
+
+@pytest.mark.parametrize("long_ago", [True, False])
+def test_a_failure_counts_for_a_while_and_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch, long_ago: bool
+) -> None:
+    if long_ago:
+        monkeypatch.setattr(loads, "_FAILED_MISS_S", 0.0)
+    failures, request = Failures(), request_of("one", 102)
+    for chunk in (3, 2):
+        failures.note(GROUPS.hash_of(request, chunk))
+    assert failures.first(GROUPS, request, range(6)) == (6 if long_ago else 2)
+    assert failures.first(GROUPS, request, range(3, 6)) == (6 if long_ago else 3)
+    assert len(failures) == (0 if long_ago else 2)
 
 
 # -- the block tables, which vLLM copies when they are read
