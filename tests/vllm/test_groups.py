@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
-from integration.vllm.groups import Group, _group, _window_tokens, check_model
+from integration.vllm.groups import Group, _group, _window_tokens, check_model, read_groups
 from integration.vllm.tensors import describe_pages, page_bytes
 from vcache.errors import ConfigError
 from vcache.kernels import gather_pages, scatter_pages
@@ -69,7 +69,7 @@ def test_pooling_that_needs_all_tokens_is_refused_in_words(model: Callable[..., 
         pooler_config=PoolerConfig(seq_pooling_type=pooling),
     )
     with pytest.raises(ConfigError, match=f"pooler_config: got {pooling} and .*wanted .*LAST"):
-        check_model(pooled)
+        read_groups(SimpleNamespace(model_config=pooled), None, 0)
 
 
 def test_pooling_of_the_last_token_and_generation_are_served(model: Callable[..., Path]) -> None:
@@ -91,7 +91,7 @@ def test_diffusion_is_refused_in_words(model: Callable[..., Path]) -> None:
         model=str(model("llama")), skip_tokenizer_init=True, hf_overrides={"canvas_length": 32}
     )
     with pytest.raises(ConfigError, match=r"model: got .*a diffusion model"):
-        check_model(diffusing)
+        read_groups(SimpleNamespace(model_config=diffusing), None, 0)
 
 
 def group(*layers: str) -> Group:
