@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn
+
+import pytest
 
 from vcache.client.segments import Segments
 from vcache.protocol import FromClient, Open, Opened, Unmapped
@@ -54,3 +57,29 @@ def test_a_wait_ends_when_the_server_stops_to_answer() -> None:
         server.segments.unanswered()
         assert waiting.result(30) is None
         assert server.segments.get(1, LINEAGE, FOR_EVER_S) is None
+
+
+class Opening(Server):
+    """Opens what it is asked for at once."""
+
+    def _post(self, message: FromClient) -> bool:
+        super()._post(message)
+        if isinstance(message, Open):
+            self.segments.opened(Opened(message.seq, message.segment, b""), None)
+        return True
+
+
+def test_who_is_interrupted_while_he_maps_a_segment_leaves_it_to_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(descriptor: bytes) -> NoReturn:
+        raise KeyboardInterrupt
+
+    server = Opening()
+    with monkeypatch.context() as patched:
+        patched.setattr("vcache.client.segments.decode_descriptor", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            server.segments.get(1, LINEAGE, FOR_EVER_S)
+    assert server.posted == [Open(1, 1), Unmapped(1)]
+    assert server.segments.get(1, LINEAGE, FOR_EVER_S) is None, "there is no such segment"
+    assert server.posted == 2 * [Open(1, 1), Unmapped(1)], "but it was tried"

@@ -85,29 +85,50 @@ class Segments:
 
     def _open(self, now: _Lineage, number: int, timeout_s: float) -> Memory | None:
         deadline = time.monotonic() + timeout_s
-        with self._changed:
-            entry = now.entries.get(number)
-            if not self._answers() and (entry is None or entry.state in (_State.ASKED, _State.REFUSED)):
-                return None
-            if entry is None or (entry.state is _State.REFUSED and time.monotonic() >= entry.retry_at_s):
-                entry = now.entries[number] = _Entry(_State.ASKED)
-                if self._now is not now or not self._post(Open(number, number)):
-                    del now.entries[number]
+        mapping: _Entry | None = None
+        try:
+            with self._changed:
+                entry = now.entries.get(number)
+                if not self._answers() and (entry is None or entry.state in (_State.ASKED, _State.REFUSED)):
                     return None
-            waiting = (_State.ASKED, _State.MAPPING)
-            if not self._changed.wait_for(
-                lambda: entry.state not in waiting or (entry.state is _State.ASKED and not self._answers()),
-                deadline - time.monotonic(),
-            ):
-                if entry.state is _State.ASKED:  # one wait is enough: it is a miss for a while
-                    self._refuse(entry)
-                return None
-            if entry.state is _State.ASKED:
-                return None
-            if entry.state is not _State.ANSWERED:
-                return now.ready.get(number)
-            entry.state = _State.MAPPING
-        return self._map(now, number, entry)
+                if entry is None or (entry.state is _State.REFUSED and time.monotonic() >= entry.retry_at_s):
+                    entry = now.entries[number] = _Entry(_State.ASKED)
+                    if self._now is not now or not self._post(Open(number, number)):
+                        del now.entries[number]
+                        return None
+                if not self._is_answered(entry, deadline):
+                    return now.ready.get(number)
+                mapping = entry  # and only then its state: an interrupt may come at any time
+                entry.state = _State.MAPPING
+            return self._map(now, number, entry)
+        except BaseException:
+            if mapping is not None:
+                self._not_mapped(now, number, mapping)
+            raise
+
+    def _is_answered(self, entry: _Entry, deadline: float) -> bool:
+        """Wait until the server has opened a segment, or somebody has mapped it; whether it has to be mapped
+        here. Under the lock.
+        """
+        waiting = (_State.ASKED, _State.MAPPING)
+        if not self._changed.wait_for(
+            lambda: entry.state not in waiting or (entry.state is _State.ASKED and not self._answers()),
+            deadline - time.monotonic(),
+        ):
+            if entry.state is _State.ASKED:  # one wait is enough: it is a miss for a while
+                self._refuse(entry)
+            return False
+        return entry.state is _State.ANSWERED
+
+    def _not_mapped(self, now: _Lineage, number: int, entry: _Entry) -> None:
+        """Whoever was mapping it was interrupted: the next one asks anew."""
+        with self._changed:
+            is_known = now.entries.get(number) is entry and entry.state is _State.MAPPING
+            if is_known:
+                del now.entries[number]
+            self._changed.notify_all()
+        if is_known:
+            self._let_go(now, number)
 
     def _map(self, now: _Lineage, number: int, entry: _Entry) -> Memory | None:
         """Map what the server opened; by the thread that found it, outside the lock: it takes a while."""
