@@ -67,7 +67,7 @@ LMCACHE ?=
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-demo: $(STAMP) ## two workers share the KV of a real transformer through the pool
+demo: $(STAMP) $(if $(findstring mooncake,$(TIER)),$(VENV)/.installed-mooncake) ## two workers share the KV of a real transformer through the pool
 	TIER=$(TIER) $(BIN)/python -m demo
 
 test: $(STAMP) ## all tests that need no GPU

@@ -92,6 +92,15 @@ def test_a_key_that_is_not_there(tier: RocksTier, capsys: pytest.CaptureFixture[
     assert "no such record" in capsys.readouterr().err
 
 
+def test_a_directory_that_is_not_there_is_not_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VCACHE_TIERS_ROCKSDB_DIRECTORY", str(tmp_path / "none"))
+    assert main(["tier", "status"]) == Exit.NO_SERVER
+    assert f"there is no local tier at {tmp_path / 'none'}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_purge_without_a_tier(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tier", "purge", "--yes"]) == Exit.USAGE
     assert "tiers.order: got none" in capsys.readouterr().err

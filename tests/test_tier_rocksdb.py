@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from vcache.limits import MIB
 from vcache.tiers import Tier
 from vcache.tiers.rocksdb import files
 from vcache.tiers.rocksdb.messages import Put, Write
+from vcache.tiers.rocksdb.owner import LOG
 from vcache.tiers.rocksdb.tier import RocksTier
 
 LAYOUT, OTHER = b"L" * 16, b"O" * 16
@@ -163,6 +165,8 @@ def test_a_file_that_the_index_does_not_know_is_removed_when_it_is_no_record(own
     path.write_bytes(b"no record")
     assert not is_here(tier, 1)
     assert not path.exists()
+    assert tier.state().counters["damaged"] == 1
+    assert "owns the database" in (owners.path / LOG).read_text()
 
 
 def test_a_record_that_cannot_be_removed_is_not_said_to_be(owners: Owners) -> None:
@@ -405,6 +409,16 @@ def test_a_disk_that_is_really_full_is_a_miss_and_a_counter(tmp_path: Path) -> N
         state = tier.state()
         assert state.counters["full"] + state.counters["failed"] > 0
         assert is_here(tier, 0, MIB)
+        # An owner that begins then has no room for an index.
+        made.kill()
+        with (tmp_path / "rest").open("wb", buffering=0) as rest, suppress(OSError):
+            while rest.write(bytes(4096)):
+                continue
+        tier = made.tier(capacity_bytes=1 << 30)
+        assert all(tier.contains([key(number) for number in (0, *kept)]))
+        assert is_here(tier, kept[-1], MIB) and not tier.put(key(100), chunk(100), LAYOUT)
+        assert tier.remove([key(kept[0])]) == 1 and not is_here(tier, kept[0], MIB)
+        (tmp_path / "rest").unlink()
         (tmp_path / "other").unlink()
         assert tier.put(key(99), chunk(99, MIB), LAYOUT)
         assert is_here(tier, 99, MIB)

@@ -31,7 +31,9 @@ def summary(statistics: Statistics, where: str) -> Text:
         f"pool {present.size(used)} of {present.size(capacity)} ({present.share(used, capacity)})",
         f"{count('chunks', 0.0):,.0f} chunks",
         f"hit rate {present.share(count('hit_chunks', 0.0), count('wanted_chunks', 0.0))}",
-        f"{count('evicted', 0.0):,.0f} evicted",
+        f"{count('evicted', 0.0):,.0f} evicted ({count('evicted_unsaved', 0.0):,.0f} that nobody had saved)"
+        if count("evicted_unsaved", 0.0)
+        else f"{count('evicted', 0.0):,.0f} evicted",
         f"{present.size(count('pinned_bytes', 0.0))} pinned",
     ]
     return present.lines(" · ".join(server), " · ".join(pool))

@@ -41,17 +41,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(invocation: Invocation) -> int:
     """Do what `action` says."""
-    from vcache.tiers.configured import rocks_tier
+    from vcache.tiers.configured import default_directory, rocks_tier
+    from vcache.tiers.rocksdb.owner import LOG
 
     options = invocation.options
     if (options.key is None) == (options.action == "get"):
         raise ArgumentError("KEY", options.key, "a chunk key for get, and none for the other actions")
     if options.action == "purge":
         return _purge(invocation)
+    directory = Path(invocation.config.tiers.rocksdb.directory or default_directory()).expanduser()
+    if not directory.is_dir():
+        raise Unavailable(f"tiers.rocksdb.directory: there is no local tier at {directory}")
     tier = rocks_tier(invocation.config, observes=True)
     try:
         if not tier.wait_ready():
-            raise Unavailable("no owner of the local tier's database answers; its log says why")
+            raise Unavailable(f"no owner of the database answers; {directory}/{LOG} may say why")
         actions = {"status": _status, "ls": _ls, "get": _get, "verify": _verify}
         return actions[options.action](invocation, tier)
     finally:
@@ -65,6 +69,7 @@ def _status(invocation: Invocation, tier: RocksTier) -> int:
         return Exit.OK
     table = present.table("", "", ">")
     rows: list[tuple[str, object]] = [
+        ("directory", str(tier.directory)),
         ("owner", f"process {state.pid}, {state.connections} connections"),
         ("records", f"{state.records:,}"),
         *_held(state),
@@ -168,7 +173,8 @@ def _purge(invocation: Invocation) -> int:
         raise ArgumentError("tiers.order", "none", "the tiers to purge, in the configuration")
     if not invocation.options.yes:
         if not sys.stdin.isatty():
-            raise ArgumentError("--yes", "nothing", f"--yes where nobody can be asked: this empties {names}")
+            wanted = f"--yes where nobody can be asked: this empties {', '.join(names)}"
+            raise ArgumentError("--yes", "nothing", wanted)
         print(f"Forget all chunks in {', '.join(names)}? [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             print("vcache: nothing was forgotten", file=sys.stderr)

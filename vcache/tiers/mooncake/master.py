@@ -115,6 +115,7 @@ class Master:
         if self.process is None or self.process.poll() is not None:
             return
         self.process.terminate()
+        self.process.send_signal(signal.SIGCONT)  # one that is stopped would not hear of it
         try:
             self.process.wait(_END_S)
         except subprocess.TimeoutExpired:

@@ -200,6 +200,8 @@ class Database:
             batch.put(key, _packed(entry))
         for key in gone:
             batch.delete(key)
+        if self._db is None:
+            return False
         try:
             self._db.write(batch, self._write)
         except Exception as error:  # rocksdict raises nothing more particular
@@ -225,13 +227,15 @@ class Database:
 
     # -- forgetting
 
-    def remove(self, keys: Iterable[bytes]) -> int:
+    def remove(self, keys: Iterable[bytes], *, damaged: bool = False) -> int:
         """Forget records for good, also if this process is killed right after; how many there were.
 
-        Also files of these keys that the index does not know. Raises OSError if one cannot be removed.
+        Also files of these keys that the index does not know. damaged: how they are counted. Raises OSError
+        if one cannot be removed.
         """
         wanted = list(dict.fromkeys(keys))
         here = sum(key in self._entries for key in wanted)
+        self.counters["damaged"] += len(wanted) if damaged else 0
         self._forget(wanted, None)
         return here
 
@@ -303,6 +307,8 @@ class Database:
         if self._is_unsynced:  # now or before: the kernel says it once, and what it did not write is lost
             self._is_unsynced = False
             return False
+        if self._db is None:
+            return False
         try:
             self._db.flush_wal(True)
         except Exception as error:  # rocksdict raises nothing more particular
@@ -330,6 +336,8 @@ class Database:
         self._close()
 
     def _close(self) -> None:
+        if self._db is None:
+            return
         try:
             self._db.close()
         except Exception as error:  # what it could not write is found in the files
@@ -349,16 +357,24 @@ class Database:
         writing = {draft.path for draft in self._drafts}
         if not writing:
             files.prepare(self._directory)
+        self._db = self._index()
+        self._read_index()
+
+    def _index(self) -> Rdict | None:
+        """The index; None where the disk is full: what is there is served, and nothing is written anyway."""
         options = self._options()
         try:
-            self._db = self._opened(options)
+            return self._opened(options)
         except Exception as error:
+            if _is_out_of_room(error):
+                self._is_broken = True
+                _log.error(Line("the index cannot be opened; records are served without", error=str(error)))
+                return None
             if not _is_damage(error):
                 raise
             _log.error(Line("the index is damaged; it is built anew", error=str(error)))
-            shutil.rmtree(self._path, ignore_errors=True)
-            self._db = self._opened(options)
-        self._read_index()
+        shutil.rmtree(self._path, ignore_errors=True)
+        return self._opened(options)
 
     def _opened(self, options: Options) -> Rdict:
         self._path.mkdir(mode=0o700, exist_ok=True)
@@ -402,6 +418,8 @@ class Database:
             self._indexed(missing, indexed)
 
     def _raw_index(self) -> Iterator[tuple[bytes, bytes]]:
+        if self._db is None:
+            return
         # Damage that shows while we read ends the reading: what was read counts, the rest is in the files.
         rows = self._db.items()
         while True:
@@ -451,6 +469,10 @@ def _from_file(key: bytes, path: str) -> Entry | None:
 def _disk_room(path: Path) -> tuple[int, int]:
     found = os.statvfs(path)
     return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+
+
+def _is_out_of_room(error: Exception) -> bool:
+    return any(words in str(error).lower() for words in ("no space left", "quota exceeded"))
 
 
 def _is_damage(error: Exception) -> bool:

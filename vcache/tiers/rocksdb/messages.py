@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-PROTOCOL: Final = 4
+PROTOCOL: Final = 5
 """Changes with any message; an owner of another protocol is waited for until it ends."""
 
 
@@ -52,9 +52,10 @@ class Written(msgspec.Struct, tag="written", frozen=True, forbid_unknown_fields=
 
 
 class Remove(msgspec.Struct, tag="remove", frozen=True, forbid_unknown_fields=True):
-    """`count` keys are staged."""
+    """`count` keys are staged. damaged: because whoever read their records found them of no use."""
 
     count: int
+    damaged: bool = False
 
 
 class Clear(msgspec.Struct, tag="clear", frozen=True):

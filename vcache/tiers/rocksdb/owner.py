@@ -55,7 +55,7 @@ from vcache.tiers.rocksdb.messages import (
 )
 from vcache.tiers.rocksdb.staging import Staging, mapped
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("vcache.tiers.rocksdb.owner")  # this module's name when it runs is another
 
 LOCK: Final = "owner.lock"
 SOCKET: Final = "owner.sock"
@@ -202,7 +202,8 @@ class Owner:
     def _forget(self, request: Remove | Clear, staging: Staging) -> Reply:
         try:
             if isinstance(request, Remove):
-                return Done(self._database.remove(_keys(staging, request.count)))
+                keys = _keys(staging, request.count)
+                return Done(self._database.remove(keys, damaged=request.damaged))
             held = len(self._database)
             self._database.clear()
             return Done(held)

@@ -195,7 +195,7 @@ class RocksTier:
         if isinstance(header, Flaw):
             _log.warning(Line("a record is deleted", tier=self.name, key=key.hex(), flaw=header.value))
             with suppress(Unavailable, OSError):  # then it is a miss all the same, and deleted another time
-                self.remove([key])
+                self._remove([key], damaged=True)
             return None
         expires_ms = header.expiry_ms(self._ttl_s)
         if not self._observes and has_expired(expires_ms, int(self._clock() * 1000)):
@@ -238,12 +238,15 @@ class RocksTier:
 
     def remove(self, keys: Sequence[bytes]) -> int:
         """Forget these chunks; how many there were."""
+        return self._remove(keys, damaged=False)
+
+    def _remove(self, keys: Sequence[bytes], *, damaged: bool) -> int:
         removed = 0
         for begin in range(0, len(keys), KEYS_PER_REQUEST_MAX):
             part = keys[begin : begin + KEYS_PER_REQUEST_MAX]
             with self._linked() as (link, deadline_s):
                 _stage(link, part)
-                removed += link.expect(link.ask(Remove(len(part)), deadline_s), Done).count
+                removed += link.expect(link.ask(Remove(len(part), damaged), deadline_s), Done).count
         return removed
 
     def clear(self) -> None:
@@ -266,6 +269,11 @@ class RocksTier:
             link.close()
 
     # -- for people and tests
+
+    @property
+    def directory(self) -> Path:
+        """Where the files lie."""
+        return self._directory
 
     def sync(self) -> bool:
         """Have everything on the disk: it survives a kill from now on."""
