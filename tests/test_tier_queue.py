@@ -17,10 +17,13 @@ from tests.support.lending_client import lending_client
 from vcache.client import Client, Grant
 from vcache.config import load
 from vcache.engine.chunks import Chunks
-from vcache.engine.lower import LowerTiers
+from vcache.engine.lanes import Lanes
+from vcache.engine.lower import LowerTiers, OneTier
+from vcache.engine.passages import Passages
 from vcache.engine.pool import Pool
 from vcache.engine.prefetch import Prefetch
 from vcache.engine.stats import Counters
+from vcache.engine.tier_calls import TierCalls
 from vcache.engine.tier_queue import TierQueue, TierQueues
 from vcache.engine.tier_work import TierWork
 from vcache.tiers import MemoryTier
@@ -121,6 +124,21 @@ def test_what_is_pinned_after_the_end_is_given_back(
     queue._pinner.shutdown(wait=True)
     assert queue.chunks == 0 and len(tier) == 0
     assert pinned(client) == 0
+
+
+def test_what_is_dropped_is_told_by_its_cause(pool: SlowPool, tier: MemoryTier) -> None:
+    counters = Counters()
+    calls = TierCalls(tier, counters, 0.0)
+    queue = TierQueue(pool, OneTier(calls, LAYOUT.fingerprint, Lanes(), Passages()), 2, counters)
+    queue.accept(KEYS)
+    assert counters.snapshot()["failed_tier_queue_full"] == 1
+    calls.write(lambda: True)  # whatever it does is late
+    failed = counters.snapshot()["failed_tier"]
+    queue.accept(KEYS)
+    assert counters.snapshot()["failed_tier"] == failed + 1
+    assert counters.snapshot()["failed_tier_queue_full"] == 1
+    pool.go.set()
+    queue.close()
 
 
 def test_a_queue_that_is_closed_takes_nothing(pool: SlowPool, tier: MemoryTier) -> None:

@@ -187,7 +187,8 @@ def check_identity(layout: Any, model: Any, tiers: Any) -> None:
     if not isinstance(model, str) or not model:
         raise ArgumentError("model", repr(model), "the identity of the model: text that is not empty")
     if not isinstance(tiers, Sequence):
-        raise ArgumentError("tiers", type(tiers).__name__, "a sequence of Tiers, the fastest first")
+        wanted = "a sequence of Tiers, the fastest first; settings are given as **{'tiers.policy': …}"
+        raise ArgumentError("tiers", type(tiers).__name__, wanted)
     for at, tier in enumerate(tiers):
         if not isinstance(tier, Tier):
             raise ArgumentError(f"tiers[{at}]", type(tier).__name__, "a Tier (vcache.tiers.Tier)")

@@ -72,10 +72,9 @@ class VCacheEngine:
         layout: what a chunk is. model, rank, cache_salt, lora: whose chunks these are; they are part of
         every key. kv_axes: how the paged tensors' dimensions are spelled, see `vcache.kernels.axes`. tiers:
         lower tiers, the fastest first; they stay the caller's to close. None: those that the configuration
-        names. config: by default
-        `vcache.config.load(**overrides)`, where overrides are nested: `runtime_dir="…"`, `segment={"size":
-        0}`. Raises ArgumentError, ConfigError, and SegmentError if the segment that was asked for does not
-        fit.
+        names. config: by default `vcache.config.load(**overrides)`, where overrides are nested, as
+        `segment={"size": 0}`, or dotted, as `**{"tiers.order": "rocksdb"}`. Raises ArgumentError,
+        ConfigError, and SegmentError if the segment that was asked for does not fit.
         """
         check_identity(layout, model, tiers or ())
         chain = KeyChain(layout.fingerprint, model, rank, cache_salt, lora)

@@ -104,7 +104,7 @@ class TierQueue:
                     self._chunks -= len(taken)
                     taken = []
         if len(taken) < len(keys):
-            self._drop(len(keys) - len(taken))
+            self._drop(len(keys) - len(taken), is_full=takes)
 
     def _pin(self) -> None:
         """Pin what was accepted next, and have it written: by then it is rarely the coldest in the pool."""
@@ -228,10 +228,13 @@ class TierQueue:
         if self._thread.is_alive():
             _log.error(Line("a lower tier hangs in a write; its thread is left behind"))
 
-    def _drop(self, chunks: int) -> None:
+    def _drop(self, chunks: int, *, is_full: bool = False) -> None:
+        """Count chunks that are not written: there is no room for them here, or the tier takes none."""
         self._counters.add(tier_dropped_chunks=chunks)
+        cause = Cause.TIER_QUEUE_FULL if is_full else Cause.TIER
+        why = "engine.tier_queue_chunks wait already" if is_full else "it takes nothing now"
         self._counters.failed(
-            Cause.TIER_QUEUE_FULL, "chunks are not written to the lower tiers", chunks=chunks
+            cause, f"chunks are not written below: {why}", tier=self._tier.name, chunks=chunks
         )
 
     def _run(self) -> None:
