@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from tests.processes.worker import DEADLINE_S
-from vcache.limits import RECORD_HEADER_BYTES, RECORD_PIECE_BYTES_MIN, TIER_HELP_REST_CHUNKS
+from vcache.limits import RECORD_HEADER_BYTES, RECORD_PIECE_BYTES, TIER_HELP_REST_CHUNKS
 from vcache.tiers.record import Flaw, Header, header_for
 from vcache.tiers.rocksdb import files
 from vcache.tiers.rocksdb.pieces import Helper, Pieces, idle_processors
 
 KEY, LAYOUT = bytes(range(32)), b"L" * 16
-CHUNK = os.urandom(3 * RECORD_PIECE_BYTES_MIN + 1000)
+CHUNK = os.urandom(3 * RECORD_PIECE_BYTES + 1000)
 HEADER = header_for(KEY, LAYOUT, CHUNK, 1)
 
 
@@ -68,7 +68,7 @@ def test_it_is_the_same_chunk_whoever_reads_which_piece(fd: int, helps: int) -> 
     pieces.end()
 
 
-@pytest.mark.parametrize("size", [0, 1, RECORD_PIECE_BYTES_MIN, 3 * RECORD_PIECE_BYTES_MIN, len(CHUNK) - 1])
+@pytest.mark.parametrize("size", [0, 1, RECORD_PIECE_BYTES, 3 * RECORD_PIECE_BYTES, len(CHUNK) - 1])
 def test_a_file_that_ends_too_early_is_no_chunk(path: str, fd: int, size: int) -> None:
     truncate(path, size)
     pieces = Pieces(fd, memoryview(bytearray(len(CHUNK))), time.perf_counter)
@@ -89,7 +89,7 @@ def test_what_a_helper_cannot_read_is_met_by_who_wants_the_chunk(tmp_path: Path)
     os.close(folder)
 
 
-@pytest.mark.parametrize("at", [0, RECORD_PIECE_BYTES_MIN, 3 * RECORD_PIECE_BYTES_MIN - 1, len(CHUNK) - 1])
+@pytest.mark.parametrize("at", [0, RECORD_PIECE_BYTES, 3 * RECORD_PIECE_BYTES - 1, len(CHUNK) - 1])
 def test_damage_is_seen_in_every_piece(path: str, at: int) -> None:
     with open(path, "r+b") as file:
         file.seek(RECORD_HEADER_BYTES + at)
@@ -98,7 +98,7 @@ def test_damage_is_seen_in_every_piece(path: str, at: int) -> None:
 
 
 def test_pieces_that_changed_places_are_no_chunk(path: str) -> None:
-    first, second = CHUNK[:RECORD_PIECE_BYTES_MIN], CHUNK[RECORD_PIECE_BYTES_MIN : 2 * RECORD_PIECE_BYTES_MIN]
+    first, second = CHUNK[:RECORD_PIECE_BYTES], CHUNK[RECORD_PIECE_BYTES : 2 * RECORD_PIECE_BYTES]
     with open(path, "r+b") as file:
         file.seek(RECORD_HEADER_BYTES)
         file.write(second + first)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vcache.limits import RECORD_HEADER_BYTES
-from vcache.tiers.record import Flaw, Header, flaw_of, has_expired, header_for, piece_bytes, read_header
+from vcache.tiers.record import Flaw, Header, flaw_of, has_expired, header_for, read_header
 
 KEY, LAYOUT = bytes(range(32)), b"L" * 16
 
@@ -86,9 +86,3 @@ def test_the_earlier_of_both_expiries_counts(created: int, expires: int, ttl_s: 
     assert header.expiry_ms(ttl_s) == expiry
     assert has_expired(expiry, 10_000) is (expiry > 0)
     assert not has_expired(expiry, expiry - 1)
-
-
-def test_pieces_are_an_eighth_within_limits() -> None:
-    """Part of the format, as the header is."""
-    sizes = [piece_bytes(length) for length in (0, 1, 512 << 10, 1 << 20, 2 << 20, (2 << 20) + 1, 32 << 20)]
-    assert sizes == [65_536, 65_536, 65_536, 131_072, 262_144, 266_240, 524_288]

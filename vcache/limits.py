@@ -304,14 +304,10 @@ TIER_CONNECTIONS_MAX: Final = 8
 TIER_LIST_MAX: Final = 256
 """Rows in one page of a tier's listing: they fit one message."""
 
-RECORD_PIECE_BYTES_MAX: Final = 512 * KIB
-"""A chunk record is read and written at most so much at a time: it is in the processor's cache still when its
-checksum is computed, and a call of the kernel costs little beside it. Part of the record's format.
-"""
-
-RECORD_PIECE_BYTES_MIN: Final = 64 * KIB
-"""And at least so much, or the rest of the chunk: below it the calls cost as much as the copies. Part of the
-record's format.
+RECORD_PIECE_BYTES: Final = 1 * MIB
+"""A chunk record is read and written so much at a time: it is in the processor's cache still when its
+checksum is computed, and what two threads spend on each piece costs little beside it. Part of the record's
+format.
 """
 
 TIER_HELP_WAIT_PIECES: Final = 8

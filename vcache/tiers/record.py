@@ -9,7 +9,7 @@
     64   8   length of the chunk
     72   8   creation, milliseconds since 1970
     80   8   expiry, the same; 0: none of its own
-    88   8   XXH3 of the XXH3s (8 bytes each, big-endian) of the chunk's pieces, see `piece_bytes`
+    88   8   XXH3 of the XXH3s (8 bytes each, big-endian) of the chunk's pieces of 1 MiB
     96  24   zero
     120  8   XXH3 of all of the header before
 
@@ -27,20 +27,13 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import xxhash
 
-from vcache.limits import (
-    FINGERPRINT_BYTES,
-    KEY_BYTES,
-    RECORD_HEADER_BYTES,
-    RECORD_PIECE_BYTES_MAX,
-    RECORD_PIECE_BYTES_MIN,
-)
+from vcache.limits import FINGERPRINT_BYTES, KEY_BYTES, RECORD_HEADER_BYTES, RECORD_PIECE_BYTES
 from vcache.tiers.base import has_expired as has_expired
 
 _MAGIC: Final = b"VCACHREC"
 _VERSION: Final = 3
 _FIELDS: Final = struct.Struct(f"<8sHHI{FINGERPRINT_BYTES}s{KEY_BYTES}sQQQQ24x")
 _CHECK: Final = struct.Struct("<Q")
-_PAGE: Final = 4096
 
 assert _FIELDS.size + _CHECK.size == RECORD_HEADER_BYTES
 
@@ -102,14 +95,8 @@ def header_for(key: bytes, layout: bytes, chunk: Bytes, created_ms: int, expires
     return Header(layout, key, len(chunk), created_ms, expires_ms, _checksum(chunk))
 
 
-def piece_bytes(length: int) -> int:
-    """How long each piece of a chunk of so many bytes is, but for the last: an eighth, within limits."""
-    eighth = -(-length // 8 // _PAGE) * _PAGE
-    return min(max(eighth, RECORD_PIECE_BYTES_MIN), RECORD_PIECE_BYTES_MAX)
-
-
 def piece_checksum(piece: Bytes) -> bytes:
-    """What `checksum_of_pieces` wants of each piece."""
+    """What `checksum_of_pieces` wants of each RECORD_PIECE_BYTES of a chunk, and of the rest."""
     return xxhash.xxh3_64_digest(piece)
 
 
@@ -119,8 +106,8 @@ def checksum_of_pieces(checksums: Iterable[bytes]) -> int:
 
 
 def _checksum(chunk: Bytes) -> int:
-    size = piece_bytes(len(chunk))
-    return checksum_of_pieces(piece_checksum(chunk[at : at + size]) for at in range(0, len(chunk), size))
+    pieces = range(0, len(chunk), RECORD_PIECE_BYTES)
+    return checksum_of_pieces(piece_checksum(chunk[at : at + RECORD_PIECE_BYTES]) for at in pieces)
 
 
 def read_header(raw: bytes) -> Header | Flaw:

@@ -17,13 +17,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from vcache.limits import KEY_BYTES, RECORD_HEADER_BYTES
+from vcache.limits import KEY_BYTES, RECORD_HEADER_BYTES, RECORD_PIECE_BYTES
 from vcache.tiers.record import (
     Flaw,
     Header,
     checksum_of_pieces,
     flaw_in_header,
-    piece_bytes,
     piece_checksum,
     read_header,
 )
@@ -49,9 +48,8 @@ def write(path: str, header: Header, chunk: memoryview) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         checksums = []
-        size = piece_bytes(len(chunk))
-        for at in range(0, len(chunk), size):
-            piece = chunk[at : at + size]
+        for at in range(0, len(chunk), RECORD_PIECE_BYTES):
+            piece = chunk[at : at + RECORD_PIECE_BYTES]
             checksums.append(piece_checksum(piece))
             _write_all(fd, piece, RECORD_HEADER_BYTES + at)
         header = header._replace(checksum=checksum_of_pieces(checksums))

@@ -17,10 +17,11 @@ from functools import cache
 
 from vcache.limits import (
     RECORD_HEADER_BYTES,
+    RECORD_PIECE_BYTES,
     TIER_HELP_REST_CHUNKS,
     TIER_HELP_WAIT_PIECES,
 )
-from vcache.tiers.record import checksum_of_pieces, piece_bytes, piece_checksum
+from vcache.tiers.record import checksum_of_pieces, piece_checksum
 
 
 def read_chunk(fd: int, into: memoryview, helper: Helper | None = None) -> int | None:
@@ -28,11 +29,10 @@ def read_chunk(fd: int, into: memoryview, helper: Helper | None = None) -> int |
 
     helper: may read along.
     """
-    size = piece_bytes(len(into))
-    if helper is None or len(into) <= size or not helper.is_free():
+    if helper is None or len(into) <= RECORD_PIECE_BYTES or not helper.is_free():
         checksums = []
-        for at in range(0, len(into), size):
-            checksum = _read_piece(fd, into, at, size)
+        for at in range(0, len(into), RECORD_PIECE_BYTES):
+            checksum = _read_piece(fd, into, at)
             if checksum is None:
                 return None
             checksums.append(checksum)
@@ -47,9 +47,9 @@ def read_chunk(fd: int, into: memoryview, helper: Helper | None = None) -> int |
             helper.rest()
 
 
-def _read_piece(fd: int, into: memoryview, begin: int, size: int) -> bytes | None:
-    """Read the piece of `size` that begins there; its checksum, None if the file ends before it."""
-    left = piece = into[begin : begin + size]
+def _read_piece(fd: int, into: memoryview, begin: int) -> bytes | None:
+    """Read the piece that begins there; its checksum, None if the file ends before it."""
+    left = piece = into[begin : begin + RECORD_PIECE_BYTES]
     offset = RECORD_HEADER_BYTES + begin
     while left:
         count = os.preadv(fd, [left], offset)
@@ -66,8 +66,7 @@ class Pieces:
     """
 
     def __init__(self, fd: int, into: memoryview, clock: Callable[[], float]) -> None:
-        self._size = piece_bytes(len(into))
-        count = -(-len(into) // self._size)
+        count = -(-len(into) // RECORD_PIECE_BYTES)
         self.held_up = False
         self._clock = clock
         self._fd = fd
@@ -121,7 +120,7 @@ class Pieces:
 
     def _read(self, number: int) -> bool:
         """Read one; whether it is there."""
-        checksum = _read_piece(self._fd, self._into, number * self._size, self._size)
+        checksum = _read_piece(self._fd, self._into, number * RECORD_PIECE_BYTES)
         if checksum is None:
             return False
         self._checksums[number] = checksum
