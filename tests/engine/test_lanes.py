@@ -24,14 +24,6 @@ LAYERS = LAYOUT.num_layers
 Result = TypeVar("Result")
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with Pool() as running:
-        running.start_server()
-        yield running
-        running.check()
-
-
 @pytest.fixture
 def streams(monkeypatch: pytest.MonkeyPatch) -> FakeStreams:
     made = FakeStreams()
