@@ -90,7 +90,6 @@ def test_it_equals_the_definition(
 @pytest.mark.parametrize(
     ("where", "runs"),
     [
-        ("each by itself", []),
         ("one behind the other", [[0, 1, 2, 3]]),
         ("backwards", [[3, 2, 1, 0]]),
         ("every second, in any order", [[1, 3, 0, 2]]),

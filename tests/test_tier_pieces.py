@@ -15,7 +15,7 @@ from tests.processes.worker import DEADLINE_S
 from vcache.limits import RECORD_HEADER_BYTES, RECORD_PIECE_BYTES, TIER_HELP_REST_CHUNKS
 from vcache.tiers.record import Flaw, Header, header_for
 from vcache.tiers.rocksdb import files
-from vcache.tiers.rocksdb.pieces import Helper, Pieces, idle_processors
+from vcache.tiers.rocksdb.pieces import Helper, Pieces
 
 KEY, LAYOUT = bytes(range(32)), b"L" * 16
 CHUNK = os.urandom(3 * RECORD_PIECE_BYTES + 1000)
@@ -186,8 +186,3 @@ def test_a_helper_that_cannot_be_had_is_not_missed(path: str, monkeypatch: pytes
 
     monkeypatch.setattr(threading.Thread, "start", start)
     assert read(path, Helper(lambda: 1)) == HEADER
-
-
-def test_idle_processors_are_counted() -> None:
-    assert idle_processors(0) < 0 < idle_processors(1 << 20)
-    assert idle_processors() < len(os.sched_getaffinity(0))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
@@ -65,9 +66,8 @@ class _GroupHalf:
         """Whole chunks in these pages, to be copied after what uses them now."""
         layout = self.pages.paged.layout
         sizes = [layout.chunk_bytes] * len(keys)
-        return Transfer(
-            self.pages.paged, keys, sizes, torch.tensor(ids, dtype=torch.int64), layout.pages_per_chunk, after
-        )
+        pages = torch.from_numpy(np.array(ids, np.int64))
+        return Transfer(self.pages.paged, keys, sizes, pages, layout.pages_per_chunk, after)
 
 
 class WorkerHalf:

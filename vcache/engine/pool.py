@@ -81,7 +81,8 @@ class Pool:
         Ask when the copy has really finished, with what was read and no more: other chunks may be out of
         reach.
         """
-        if self._client.intact(replace(grant, extents=grant.extents[begin:end])):
+        is_part = begin > 0 or end < len(grant.extents)
+        if self._client.intact(replace(grant, extents=grant.extents[begin:end]) if is_part else grant):
             return True
         self._counters.failed(
             Cause.FENCE_BROKEN, "chunks were evicted while they were read", chunks=end - begin
@@ -204,11 +205,16 @@ class Pool:
             numbers = extents["segment"].tolist()
             places = list(zip(extents["offset"].tolist(), sizes, strict=True))
             found = {
-                number: iter(self._views(self._segment(number, lineage, borrows), theirs, kind))
+                number: self._views(self._segment(number, lineage, borrows), theirs, kind)
                 for number, theirs in _grouped(numbers, places).items()
             }
-            views += [next(found[number]) for number in numbers]
-            del found  # which holds the views, too
+            if len(found) == 1:
+                views += found.popitem()[1]
+            else:
+                following = {number: iter(theirs) for number, theirs in found.items()}
+                views += [next(following[number]) for number in numbers]
+                del following  # which holds the views, too
+            del found
             try:
                 yield views
             finally:

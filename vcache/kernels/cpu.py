@@ -26,13 +26,12 @@ from typing import Final
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from vcache.kernels import pieces, reference
 from vcache.kernels.base import PagedKV
 from vcache.kernels.rows import PageRun, Rows, Tables, Words, plan, tables_of
-from vcache.kernels.threads import spread
+from vcache.kernels.threads import spread, threads_for
 
 _THREAD_BYTES_MIN: Final = 512 * 1024
 """Bytes per thread below which a copy is done before a helper thread is awake."""
@@ -103,8 +102,7 @@ def _copy(
             copy_step(tables, layer, region[layer], step)
 
     moved = begin * count * len(layers) // len(paged.layers)
-    threads = min(torch.get_num_threads(), max(1, moved // _THREAD_BYTES_MIN))
-    spread(task, len(work) * len(layers), threads)
+    spread(task, len(work) * len(layers), threads_for(moved, _THREAD_BYTES_MIN))
 
 
 def _gather_step(tables: Tables, layer: int, region: Words, step: PageRun | Rows) -> None:

@@ -1,4 +1,4 @@
-"""Chunks of whole pages at equal distances in one segment: scattered by one indexed assignment a layer.
+"""Chunks of whole pages at equal distances in memory: scattered by one indexed assignment a layer.
 
 The value that is assigned has the *other* signedness: numpy casts it then in a vector loop, which keeps all
 bits. It is as fast as one memcpy of everything, in any order of pages. memmove costs a call for each page
@@ -26,95 +26,126 @@ Ids = npt.NDArray[np.int64]
 _RUN_PAGES_MIN: Final = 8
 """Of one layer: for fewer, making the arrays costs more than calls for each page."""
 
-_known: WeakKeyDictionary[PagedKV, list[Words]] = WeakKeyDictionary()
-"""Of each layer `[page, byte]`."""
-
 
 @dataclass(frozen=True)
 class EvenRun:
-    """Whole chunks at equal distances, by address.
+    """Whole chunks at equal distances in memory.
 
-    members: which of the chunks they are. region: `[layer, chunk, page, byte]`. pages: `[chunk, page]`, none
-    is -1.
+    members: which of the chunks they are. address: of the first. distance: bytes from one to the next. pages:
+    `[chunk, page]`, none is -1.
     """
 
     members: list[int]
-    region: Words
+    address: int
+    distance: int
     pages: Ids
 
 
 def even_runs(paged: PagedKV, numbers: Ids, chunks: Sequence[Tensor]) -> list[EvenRun]:
     """The runs that are worth an array; chunks that are in none have to be copied otherwise."""
-    layout = paged.layout
-    per_chunk = layout.pages_per_chunk
+    per_chunk = paged.layout.pages_per_chunk
     runs = []
-    for first, distance, members in _evenly_apart(layout.chunk_bytes, chunks):
+    for members, address, distance in _evenly_apart(paged.layout.chunk_bytes, chunks):
         if len(members) * per_chunk < _RUN_PAGES_MIN:
             continue
         pages = numbers[np.array(members)[:, None] * per_chunk + np.arange(per_chunk)]
         if pages.min() >= 0:
-            memory = first.as_strided((len(members), len(first)), (distance, 1)).numpy()
-            region = memory.reshape(len(members), len(paged.layers), per_chunk, layout.page_bytes)
-            runs.append(EvenRun(members, region.swapaxes(0, 1), pages))
+            runs.append(EvenRun(members, address, distance, pages))
     return runs
 
 
-def _evenly_apart(size: int, chunks: Sequence[Tensor]) -> Iterator[tuple[Tensor, int, list[int]]]:
-    """(chunk of the lowest address, bytes from one to the next, which chunks, by address) of one memory."""
+def _evenly_apart(size: int, chunks: Sequence[Tensor]) -> Iterator[tuple[list[int], int, int]]:
+    """(which chunks, by address; address of the first; bytes from one to the next)."""
     addresses = [chunk.data_ptr() for chunk in chunks]
-    whole = [at for at, chunk in enumerate(chunks) if len(chunk) == size]
+    whole = [at for at, chunk in enumerate(chunks) if chunk.numel() == size]
     whole.sort(key=addresses.__getitem__)
     begin = 0
     while begin < len(whole):
-        first = chunks[whole[begin]]
-        memory = first.untyped_storage()
-        last = memory.data_ptr() + memory.nbytes() - size  # where a chunk of this memory begins at most
         end, distance = begin + 1, size
-        while end < len(whole) and addresses[whole[end]] <= last:
+        while end < len(whole):
             apart = addresses[whole[end]] - addresses[whole[end - 1]]
             if end == begin + 1:
                 distance = apart
             elif apart != distance:
                 break
             end += 1
-        yield first, distance, whole[begin:end]
+        yield whole[begin:end], addresses[whole[begin]], distance
         begin = end
 
 
 def scatters(
     paged: PagedKV, runs: Sequence[EvenRun], layers: Sequence[int], task_bytes: int
 ) -> list[Callable[[], None]]:
-    """Copies of these layers of the runs into their pages, of about `task_bytes` each; none was made yet."""
-    tables = _tables(paged)
-    word = _word([*tables, *(run.region for run in runs)])
+    """Copies of these layers of the runs into their pages, of about `task_bytes` each; none was made yet.
+
+    The memory of the runs' chunks must stay until they have been made.
+    """
+    tables = _tables_of(paged)
     tasks: list[Callable[[], None]] = []
     for run in runs:
-        _, chunks, pages, size = run.region.shape
-        at_once = max(1, task_bytes // (pages * size))
-        region = run.region.view(f"i{word}")
-        for layer in layers:
-            table = tables[layer].view(f"u{word}")
-            for begin in range(0, chunks, at_once):
-                some = slice(begin, begin + at_once)
-                tasks.append(partial(table.__setitem__, run.pages[some], region[layer, some]))
+        word = tables.word(run.address | run.distance)
+        region, targets = _region(paged, run, word), tables.of(word)
+        at_once = max(1, task_bytes // (run.pages.shape[1] * paged.layout.page_bytes))
+        for begin in range(0, len(run.members), at_once):
+            some = slice(begin, begin + at_once)
+            pages, values = run.pages[some], region[:, some]
+            tasks += [partial(targets[layer].__setitem__, pages, values[layer]) for layer in layers]
     return tasks
 
 
-def _tables(paged: PagedKV) -> list[Words]:
-    if paged not in _known:
+class _At:
+    """Memory by its address, for numpy."""
+
+    def __init__(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...], kind: str) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (address, True),
+            "shape": shape,
+            "strides": strides,
+            "typestr": kind,
+        }
+
+
+def _region(paged: PagedKV, run: EvenRun, word: int) -> Words:
+    """A run's chunks, `[layer, chunk, page, word]`."""
+    size = paged.layout.page_bytes
+    chunks, pages = run.pages.shape
+    shape = (len(paged.layers), chunks, pages, size // word)
+    return np.asarray(_At(run.address, shape, (pages * size, run.distance, size, word), f"<i{word}"))
+
+
+class _Tables:
+    """The pages of each layer of paged KV as rows of words, for every width of a word."""
+
+    def __init__(self, paged: PagedKV) -> None:
         size = paged.layout.page_bytes // paged.layers[0].element_size()
-        _known[paged] = [
+        self._bytes = [
             layer.as_strided((len(layer), size), (layer.stride(0), 1)).numpy().view(np.uint8)
             for layer in paged.layers
         ]
-    return _known[paged]
+        self._bits = 8 | paged.layout.page_bytes
+        for table in self._bytes:
+            self._bits |= table.ctypes.data | table.strides[0]
+        self._of: dict[int, list[Words]] = {}
+
+    def word(self, bits: int) -> int:
+        """Bytes of the widest word in which these addresses, and all of the tables', are whole."""
+        bits |= self._bits
+        return bits & -bits
+
+    def of(self, word: int) -> list[Words]:
+        """`[page, word]` of each layer."""
+        tables = self._of.get(word)
+        if tables is None:
+            tables = self._of[word] = [table.view(f"u{word}") for table in self._bytes]
+        return tables
 
 
-def _word(arrays: Sequence[Words]) -> int:
-    """Bytes of the widest word in which all their addresses, distances and lengths are whole."""
-    bits = 8
-    for array in arrays:
-        bits |= array.ctypes.data | array.shape[-1]
-        for stride in array.strides[:-1]:
-            bits |= stride
-    return bits & -bits
+_known: WeakKeyDictionary[PagedKV, _Tables] = WeakKeyDictionary()
+
+
+def _tables_of(paged: PagedKV) -> _Tables:
+    tables = _known.get(paged)
+    if tables is None:
+        tables = _known[paged] = _Tables(paged)
+    return tables

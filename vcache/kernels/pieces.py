@@ -12,15 +12,15 @@ import ctypes
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
+from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from vcache.kernels import reference
 from vcache.kernels.base import PagedKV
 from vcache.kernels.even_runs import even_runs, scatters
-from vcache.kernels.threads import spread
+from vcache.kernels.threads import spread, threads_for
 
 _LAYER_BYTES_MAX: Final = 256 * 1024
 """Of one layer in one chunk: above, vector loops over strided pages are faster, and threads pay."""
@@ -35,8 +35,18 @@ _THREAD_BYTES_MIN: Final = 2 * 1024 * 1024
 """Bytes per thread below which a copy is done before a helper thread is awake."""
 
 
+_fitting: WeakKeyDictionary[PagedKV, bool] = WeakKeyDictionary()
+
+
 def fits(paged: PagedKV) -> bool:
     """Whether its pages are copied this way: each one piece of memory, few of them in a chunk."""
+    fitting = _fitting.get(paged)
+    if fitting is None:
+        fitting = _fitting[paged] = _fits(paged)
+    return fitting
+
+
+def _fits(paged: PagedKV) -> bool:
     layout = paged.layout
     if layout.form != "pages" or layout.page_bytes < _PAGE_BYTES_MIN:
         return False
@@ -110,5 +120,4 @@ def _copies(target: Addresses, source: Addresses, size: int) -> list[Callable[[]
 
 
 def _carry_out(tasks: Sequence[Callable[[], None]], nbytes: int) -> None:
-    threads = min(torch.get_num_threads(), nbytes // _THREAD_BYTES_MIN)
-    spread(lambda number: tasks[number](), len(tasks), threads)
+    spread(lambda number: tasks[number](), len(tasks), threads_for(nbytes, _THREAD_BYTES_MIN))

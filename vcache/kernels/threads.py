@@ -12,7 +12,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+import torch
+
 from vcache.kernels.affinity import use_all_cores
+from vcache.processors import idle_processors
 
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
@@ -82,6 +85,19 @@ class _Tasks:
                     return
             except BaseException as error:
                 self.failure = self.failure or error
+
+
+def threads_for(nbytes: int, least: int) -> int:
+    """How many threads are to copy so many bytes, each at least `least`; 0 for what is less than that.
+
+    Of as many as torch uses; where no processor is idle, of one less: an engine's threads that wait for their
+    next work in a busy loop are on all of them, and with two the helper only takes turns with them.
+    """
+    most = torch.get_num_threads()
+    wanted = nbytes // least
+    if wanted >= most > 1 and idle_processors(most) <= 0:
+        return most - 1
+    return min(most, wanted)
 
 
 def spread(task: Callable[[int], None], tasks: int, threads: int) -> None:

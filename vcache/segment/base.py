@@ -96,6 +96,12 @@ class SegmentMemory(ABC):
 
     def views(self, places: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
         """As `view`, of many extents (offset, length) at a third of the time; raises if one is impossible."""
+        distance = _distance(places)
+        if distance is not None:  # all in one call, at half the time
+            begin, length = places[0]
+            self._check_extent(begin, length)
+            self._check_extent(*places[-1])
+            return list(self._all_of_it().as_strided((len(places), length), (distance, 1), begin).unbind())
         self._check_extent(min(offset for offset, _ in places), min(length for _, length in places))
         self._check_extent(*max(places, key=sum))
         whole = self._all_of_it()
@@ -376,3 +382,18 @@ class MappedSegment(SegmentMemory):
                 callback()
             except Exception:
                 _log.exception("after segment %s was unmapped", self.segment_id.hex())
+
+
+def _distance(places: Sequence[tuple[int, int]]) -> int | None:
+    """How far each place is behind the one before; None if that differs, or their lengths do."""
+    if len(places) < 3:
+        return None
+    (begin, length), (second, _) = places[:2]
+    distance = second - begin
+    if distance < 0:
+        return None
+    for place in places:
+        if place != (begin, length):
+            return None
+        begin += distance
+    return distance
