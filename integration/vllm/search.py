@@ -18,6 +18,7 @@ from integration.vllm.hits import first_needed, longest_hit
 from integration.vllm.keys import ChunkKeys
 from integration.vllm.messages import Place
 from integration.vllm.pools import started
+from integration.vllm.releases import Releases
 from vcache.client import Acquiring, Client, Grant
 from vcache.engine.stats import Cause, Counters
 from vcache.errors import LocalStateError, ServerError, Unavailable
@@ -132,6 +133,7 @@ class Searches:
         self._keys = keys
         self._counters = counters
         self._threads = started(ThreadPoolExecutor(_SEARCH_THREADS, "vcache-search"), _SEARCH_THREADS)
+        self._releases = Releases(client)
 
     def begin(self, wanted: Wanted, within_s: float) -> Future[Pinned]:
         """Look for it, in this thread for up to `within_s`, then in another one; what the future gives has to
@@ -156,14 +158,12 @@ class Searches:
 
     def give_back(self, grants: list[Grant]) -> None:
         """Release these, some time soon."""
-        try:
-            self._threads.submit(self._release, grants)
-        except RuntimeError:  # closed: the pins end with the session
-            _log.debug("pins were left to the end of the session")
+        self._releases.later(grants)
 
     def close(self) -> None:
         """Wait for what is under way."""
         self._threads.shutdown(wait=True)
+        self._releases.close()
 
     def _finish(self, wanted: Wanted, question: _Question) -> Pinned:
         pinned = self._answer(wanted, question, math.inf)
@@ -247,13 +247,6 @@ class Searches:
         if any(grant.lineage != lineage for grant in grants):  # the server began anew in between
             raise Unavailable("the metadata server's pool is a new one")
         return Pinned(self, Hit(wanted.first, end, held, lineage), grants if end > wanted.first else [])
-
-    def _release(self, grants: list[Grant]) -> None:
-        try:
-            for grant in grants:
-                self._client.release(grant)
-        except LocalStateError as error:
-            _log.debug("release: %s", error)
 
 
 def chunks_at_most(groups: Groups, places: int) -> int:
