@@ -32,12 +32,14 @@ class Reading(Saving):
 
     def _flags(self, keys: list[bytes], layout: bytes) -> list[int]:
         """Of each key its extent, or -1."""
-        get = self.chunks.get
-        indices = np.array([get(key, -1) for key in keys], np.intp)
-        known = self._layouts.get(layout, -1)
-        places: list[int] = np.where(
-            (indices >= 0) & (self._layout_of[indices] == known), indices, -1
-        ).tolist()
+        get, known = self.chunks.get, self._layouts.get(layout)
+        if known is None:
+            return [-1] * len(keys)
+        places = [get(key, -1) for key in keys]
+        if len(self._layouts) > 1:
+            indices = np.array(places, np.intp)
+            ours = (indices >= 0) & (self._layout_of[indices] == known)
+            places = cast("list[int]", np.where(ours, indices, -1).tolist())
         return places
 
     def _lookup(self, mine: Holdings, rid: int, ask: protocol.Lookup, now_ns: int) -> protocol.Reply:
@@ -79,10 +81,9 @@ class Reading(Saving):
         self._offer_up(indices, ask.near, now_ns)
         if ask.pin:
             self._unbooked = partial(self._use, indices[::-1], now_ns)
-            indices, flags = self._within_quota(mine, indices, flags)
+            indices, flags, nbytes = self._within_quota(mine, indices, flags)
             if len(indices):
-                sizes = int(self.table.records["size"][indices].sum())
-                self.rights.pin(mine, rid, indices, self.rights.generations(indices), sizes)
+                self.rights.pin(mine, rid, indices, self.rights.generations(indices), nbytes)
         elif len(indices):
             self._unbooked = partial(self._lease, mine, rid, indices, now_ns)
         extents = self._grants.take(indices).tobytes()
@@ -95,17 +96,21 @@ class Reading(Saving):
                 return replica
         return index
 
-    def _within_quota(self, mine: Holdings, indices: Indices, flags: bytes) -> tuple[Indices, bytes]:
-        """The leading ones that this session may still pin; what does not fit is a miss."""
-        sizes = np.cumsum(self.table.records["size"][indices].astype(np.int64))
-        fits = int(np.searchsorted(sizes, self.policy.pinned_bytes_max - mine.pinned_bytes, "right"))
-        fits = max(0, min(fits, limits.PINNED_EXTENTS_PER_SESSION_MAX - mine.pinned_count))
-        if fits < len(indices):
-            self.counters["pin_quota_misses"] += len(indices) - fits
-            there = np.flatnonzero(np.frombuffer(flags, np.uint8))
-            if len(there):
-                flags = flags[: int(there[fits])] + bytes(len(flags) - int(there[fits]))
-        return indices[:fits], flags
+    def _within_quota(self, mine: Holdings, indices: Indices, flags: bytes) -> tuple[Indices, bytes, int]:
+        """The leading ones that this session may still pin, and their bytes; what does not fit is a miss."""
+        left = self.policy.pinned_bytes_max - mine.pinned_bytes
+        count_left = limits.PINNED_EXTENTS_PER_SESSION_MAX - mine.pinned_count
+        sizes = self.table.records["size"][indices]
+        nbytes = int(sizes.sum(dtype=np.int64))
+        if nbytes <= left and len(indices) <= count_left:
+            return indices, flags, nbytes
+        fits = int(np.searchsorted(np.cumsum(sizes, dtype=np.int64), left, "right"))
+        fits = max(0, min(fits, count_left))
+        self.counters["pin_quota_misses"] += len(indices) - fits
+        there = np.flatnonzero(np.frombuffer(flags, np.uint8))
+        if len(there):
+            flags = flags[: int(there[fits])] + bytes(len(flags) - int(there[fits]))
+        return indices[:fits], flags, int(sizes[:fits].sum(dtype=np.int64))
 
     def _release(self, mine: Holdings, rid: int, ask: protocol.Release, now_ns: int) -> protocol.Reply:
         self.rights.end_lease(mine, ask.right)
