@@ -59,7 +59,8 @@ def gather(paged: PagedKV, pages: Tensor, chunks: Sequence[Tensor], layers: rang
     """As `reference.gather`, for paged KV that fits."""
     (in_chunks, in_pages), zeroed = _moves(paged, pages.numpy(), chunks, layers)
     size = paged.layout.page_bytes
-    _carry_out(_copies(in_chunks, in_pages, size), len(in_chunks) * size)
+    threads, task_bytes = _division(len(in_chunks) * size)
+    _carry_out(_copies(in_chunks, in_pages, size, task_bytes), threads)
     for address in zeroed.tolist():
         ctypes.memset(address, 0, size)
 
@@ -68,18 +69,17 @@ def scatter(paged: PagedKV, pages: Tensor, chunks: Sequence[Tensor], layers: ran
     """As `reference.scatter`, for paged KV that fits."""
     numbers, size = pages.numpy(), paged.layout.page_bytes
     chosen = reference.all_layers(paged) if layers is None else layers
+    threads, task_bytes = _division(len(numbers) * len(chosen) * size)
     runs = even_runs(paged, numbers, chunks)
-    tasks = scatters(paged, runs, chosen, _TASK_BYTES)
-    total = sum(run.pages.size for run in runs) * len(chosen) * size
+    tasks = scatters(paged, runs, chosen, task_bytes)
     members = {member for run in runs for member in run.members}
     left = [at for at in range(len(chunks)) if at not in members]
     if left:
         per_chunk = paged.layout.pages_per_chunk
         ids = [numbers[at * per_chunk : (at + 1) * per_chunk] for at in left]
         moves, _ = _moves(paged, np.concatenate(ids), [chunks[at] for at in left], layers)
-        tasks += _copies(moves[1], moves[0], size)
-        total += len(moves[0]) * size
-    _carry_out(tasks, total)
+        tasks += _copies(moves[1], moves[0], size, task_bytes)
+    _carry_out(tasks, threads)
 
 
 Addresses = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
@@ -107,9 +107,9 @@ def _moves(
     return (from_chunks[given], in_pages[given]), from_chunks[~given]
 
 
-def _copies(target: Addresses, source: Addresses, size: int) -> list[Callable[[], None]]:
+def _copies(target: Addresses, source: Addresses, size: int, task_bytes: int) -> list[Callable[[], None]]:
     to, at = target.tolist(), source.tolist()
-    step = max(1, _TASK_BYTES // size)
+    step = max(1, task_bytes // size)
 
     def task(begin: int) -> None:
         memmove = ctypes.memmove
@@ -119,5 +119,11 @@ def _copies(target: Addresses, source: Addresses, size: int) -> list[Callable[[]
     return [partial(task, begin) for begin in range(0, len(to), step)]
 
 
-def _carry_out(tasks: Sequence[Callable[[], None]], nbytes: int) -> None:
-    spread(lambda number: tasks[number](), len(tasks), threads_for(nbytes, _THREAD_BYTES_MIN))
+def _division(nbytes: int) -> tuple[int, int]:
+    """(threads for so many bytes, bytes of a task)."""
+    threads = threads_for(nbytes, _THREAD_BYTES_MIN)
+    return threads, _TASK_BYTES if threads > 1 else max(nbytes, 1)
+
+
+def _carry_out(tasks: Sequence[Callable[[], None]], threads: int) -> None:
+    spread(lambda number: tasks[number](), len(tasks), threads)

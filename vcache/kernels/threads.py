@@ -107,9 +107,12 @@ def spread(task: Callable[[int], None], tasks: int, threads: int) -> None:
     Either way no task runs any more, for they use the caller's memory. A helper that comes late finds nothing
     to do.
     """
+    if min(threads, tasks) <= 1:
+        for number in range(tasks):
+            task(number)
+        return
     work = _Tasks(task, tasks)
-    if min(threads, tasks) > 1:
-        _help(work.work, min(threads, tasks) - 1)
+    _help(work.work, min(threads, tasks) - 1)
     try:
         work.work(helping=False)
     except BaseException as error:  # an interrupt between two tasks
