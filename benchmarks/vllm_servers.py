@@ -120,10 +120,14 @@ class Folder:
         """Of all servers let this one run, and stop the others until it is their turn: an idle one takes
         cores, too.
         """
-        for each, child in self._engines.items():
-            if each != port:
-                _send(child, signal.SIGSTOP)
+        self.stop_all(but=port)
         _send(self._engines[port], signal.SIGCONT)
+
+    def stop_all(self, *, but: int = 0) -> None:
+        """Stop all servers, but perhaps the one at this port, until it is their turn."""
+        for port, child in self._engines.items():
+            if port != but:
+                _send(child, signal.SIGSTOP)
 
     @contextmanager
     def within(self, name: str) -> Iterator[Folder]:

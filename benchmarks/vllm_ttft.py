@@ -98,8 +98,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--prompts", type=int, default=2, help="of each length, to be hit (2)")
-    parser.add_argument("--rounds", type=int, default=60, help="hits of each prompt in VCache (60)")
-    parser.add_argument("--peer-rounds", type=int, default=12, help="hits of each prompt elsewhere (12)")
+    parser.add_argument("--rounds", type=_at_least_one, default=60, help="hits of each prompt in VCache (60)")
+    parser.add_argument(
+        "--peer-rounds", type=_at_least_one, default=12, help="hits of each prompt elsewhere (12)"
+    )
     parser.add_argument("--cores", default="0-1", help="as VLLM_CPU_OMP_THREADS_BIND says them (0-1)")
     parser.add_argument("--without", nargs="*", default=[], help="of: example lmcache mooncake chat")
     parser.add_argument("--write", action="store_true", help="keep the figures in benchmarks/results/")
@@ -117,6 +119,13 @@ def main() -> int:
         path.write_text(f"# Time to the first token\n\n```\n{console.export_text()}```\n")
         print(path.relative_to(ROOT))
     return 0 if good else 1
+
+
+def _at_least_one(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"got {count}, wanted at least 1")
+    return count
 
 
 def _measure_model(
@@ -186,6 +195,7 @@ def _vcache(
         some = min(rounds, options.peer_rounds)
         _hits(where, floor, reader, OURS, prompts, figures, some)
         rounds -= some
+        where.stop_all()
         for length in LENGTHS:
             figures.memcpy_s[length].append(_memcpy_s(_cached_tokens(length) * token_bytes))
 

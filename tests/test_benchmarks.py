@@ -36,7 +36,7 @@ LAYOUTS = {"small": SMALL, "latent": LATENT}
 def test_a_peer_that_ends_before_everything_is_measured_is_left_out() -> None:
     figures, printed = vllm_ttft.Figures(), io.StringIO()
     for length in vllm_ttft.LENGTHS:
-        figures.over_s[vllm_ttft.OURS, length] = [0.0]
+        figures.over_s[vllm_ttft.OURS, length], figures.memcpy_s[length] = [0.0], [0.001]
         figures.ratios[length] = [1.0]
     figures.over_s["a peer", vllm_ttft.LENGTHS[0]] = [1.0]
     figures.ttft_s["cold, a peer", vllm_ttft.LENGTHS[0]] = [1.0]

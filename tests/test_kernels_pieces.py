@@ -104,6 +104,22 @@ def test_chunks_at_equal_distances_are_one_run(where: str, runs: list[list[int]]
     assert [run.members for run in found] == runs
 
 
+def test_a_run_through_several_memories() -> None:
+    paged, target, defined = paged_kv(4096, 4), paged_kv(4096, 4, 50), paged_kv(4096, 4, 50)
+    pages = torch.randperm(PAGES)[:16]
+    size = paged.layout.chunk_bytes
+    first, second = torch.empty(3 * size, dtype=torch.uint8), torch.empty(3 * size, dtype=torch.uint8)
+    low, high = sorted((first, second), key=torch.Tensor.data_ptr)
+    apart = high.data_ptr() - low.data_ptr()
+    chunks = [low[:size], high[:size]]
+    reference.gather(paged, pages[:8], chunks)
+    [run] = even_runs.even_runs(paged, pages[:8].numpy(), chunks)
+    assert (run.members, run.distance) == ([0, 1], apart)
+    pieces.scatter(target, pages[:8], chunks)
+    reference.scatter(defined, pages[:8], chunks)
+    assert all(torch.equal(a, b) for a, b in zip(target.layers, defined.layers, strict=True))
+
+
 def test_a_run_of_odd_addresses() -> None:
     paged, target, defined = paged_kv(4096, 4), paged_kv(4096, 4, 50), paged_kv(4096, 4, 50)
     pages = torch.randperm(PAGES)[:16]

@@ -27,31 +27,36 @@ class Releases:
         self._client = client
         self._guard = threading.Lock()
         self._grants: list[Grant] = []
+        self._is_coming = False
         self._closed = threading.Event()
         self._thread = started(ThreadPoolExecutor(1, "vcache-release"), 1)
 
     def later(self, grants: list[Grant]) -> None:
         """Release these soon."""
         with self._guard:
-            is_first = not self._grants
             self._grants += grants
-        if is_first and grants:
+            if self._is_coming or not grants:
+                return
             try:
                 self._thread.submit(self._release)
-            except RuntimeError:  # closed
-                _log.debug("pins were left to the end of the session")
+                self._is_coming = True  # and only then: an interrupt may come at any time
+            except RuntimeError:
+                _log.debug("closed: pins are left to the end of the session")
 
     def close(self) -> None:
         """Release what is left, now."""
         self._closed.set()
         self._thread.shutdown(wait=True)
+        self._release()
 
     def _release(self) -> None:
         self._closed.wait(_LATER_S)
         with self._guard:
-            grants, self._grants = self._grants, []
-        try:
-            for grant in grants:
+            grants, self._grants, self._is_coming = self._grants, [], False
+        for grant in grants:
+            try:
                 self._client.release(grant)
-        except LocalStateError as error:
-            _log.debug("release: %s", error)
+            except LocalStateError as error:
+                _log.debug("release: %s", error)
+            except Exception:  # of ours: the others are released
+                _log.exception("pins were left to the end of the session")

@@ -90,12 +90,13 @@ class _Tasks:
 def threads_for(nbytes: int, least: int) -> int:
     """How many threads are to copy so many bytes, each at least `least`; 0 for what is less than that.
 
-    Of as many as torch uses; where no processor is idle, of one less: an engine's threads that wait for their
-    next work in a busy loop are on all of them, and with two the helper only takes turns with them.
+    Of as many as torch uses; where no processor of the machine is idle, of one less: an engine's threads that
+    wait for their next work in a busy loop are on all of them, and of two the helper only takes turns with
+    one.
     """
     most = torch.get_num_threads()
     wanted = nbytes // least
-    if wanted >= most > 1 and idle_processors(most) <= 0:
+    if wanted >= most > 1 and idle_processors(max(most, os.cpu_count() or 1)) <= 0:
         return most - 1
     return min(most, wanted)
 
