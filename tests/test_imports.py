@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS: list[set[str]] = [
     {"errors", "limits"},
     {"logs", "config_values"},
-    {"config", "keys", "layout", "locks", "room", "runtime"},
+    {"config", "keys", "layout", "locks", "processors", "room", "runtime"},
     {"protocol", "table"},
     {"kernels", "segment", "tiers"},
     {"client"},
