@@ -247,7 +247,7 @@ def _hits(
 
 
 def _awaken(port: int, prompt: list[int], *, whole: bool) -> None:
-    """Have a server that was stopped hit again, whose connections may have to begin anew; then it forgets."""
+    """Have a server that was stopped hit again, whose connections may have to begin anew."""
     for _ in range(AWAKE_TRIES):
         forget(port)
         with suppress(RuntimeError):
