@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -23,6 +24,7 @@ from vcache.limits import GIB
 ROOT: Final = Path(__file__).resolve().parents[1]
 RESULTS: Final = ROOT / "benchmarks" / "results"
 WIDTH_PIPED: Final = 100
+MEDIAN_RANGE_SAYS: Final = "where the median lies with a probability of 95 %"
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,23 @@ def interleaved(contestants: Sequence[Callable[[], float]], rounds: int) -> list
 def ratio(over: Sequence[float], under: Sequence[float]) -> float:
     """The median of the rounds' ratios."""
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def median_range(values: Sequence[float]) -> tuple[float, float]:
+    """Two of the values, between which the median of what they are drawn from lies with a probability of 95 %
+    (all of them for fewer than 6 values, which say less).
+
+    By order statistics: the median is beyond the k-th value from an end as rarely as n thrown coins show that
+    side fewer than k times.
+    """
+    ordered, count = sorted(values), len(values)
+    outside, left_out = 0.0, 0
+    for rank in range(count // 2):
+        outside += 2 * math.comb(count, rank) / 2**count
+        if outside > 0.05:
+            break
+        left_out = rank
+    return ordered[left_out], ordered[count - 1 - left_out]
 
 
 def gbytes_per_s(nbytes: int, seconds: Sequence[float]) -> str:

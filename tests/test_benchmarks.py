@@ -17,11 +17,21 @@ import torch
 from rich.console import Console
 
 from benchmarks import __main__ as command
-from benchmarks import lmcache_backends, lmcache_contestants, report, slot, tiers, vllm_ttft
+from benchmarks import lmcache_backends, lmcache_contestants, report, slot, tiers, vllm_storing, vllm_ttft
 from benchmarks.gpu import copies, host, lmcache_kernel, matmul, peers, pieces, retrieve
 from benchmarks.gpu.subject import Subject, counts_that_fit, own_segment
 from benchmarks.processes import Pool
-from benchmarks.report import ROOT, Figure, at_least, at_most, interleaved, ratio, result_path, summary
+from benchmarks.report import (
+    ROOT,
+    Figure,
+    at_least,
+    at_most,
+    interleaved,
+    median_range,
+    ratio,
+    result_path,
+    summary,
+)
 from benchmarks.slot import Part, Slot, run_part
 from tests.processes.worker import eventually
 from vcache.layout import KVLayout
@@ -37,13 +47,32 @@ def test_a_peer_that_ends_before_everything_is_measured_is_left_out() -> None:
     figures, printed = vllm_ttft.Figures(), io.StringIO()
     for length in vllm_ttft.LENGTHS:
         figures.over_s[vllm_ttft.OURS, length], figures.memcpy_s[length] = [0.0], [0.001]
-        figures.ratios[length] = [1.0]
+        for server in (vllm_storing.COLD, vllm_storing.TWIN, vllm_storing.STORING):
+            figures.cold.ttft_s[server, length] = [1.0]
     figures.over_s["a peer", vllm_ttft.LENGTHS[0]] = [1.0]
     figures.ttft_s["cold, a peer", vllm_ttft.LENGTHS[0]] = [1.0]
     figures.leave_out("a peer", "it ended")
     assert vllm_ttft._report(Console(file=printed, width=200), "model", figures, 64)
     assert figures.left_out == {"a peer": "it ended"} and not figures.ttft_s
     assert "no peer was measured" in printed.getvalue()
+
+
+def test_what_storing_costs_is_beside_two_servers_without() -> None:
+    cold, printed = vllm_storing.Cold(), io.StringIO()
+    cold.ttft_s[vllm_storing.COLD, 512] = [1.0, 2.0, 1.0]
+    cold.ttft_s[vllm_storing.TWIN, 512] = [1.0, 2.0, 3.0]
+    cold.ttft_s[vllm_storing.STORING, 512] = [1.0, 2.2, 2.1]
+
+    assert cold.storing(512) == pytest.approx([1.0, 1.1, 1.05])
+    assert cold.between_twins(512) == pytest.approx([1.0, 1.0, 3.0])
+    assert not vllm_storing._report(Console(file=printed, width=200), "model", cold, [512])
+    assert "1.050 (1.00-1.10)" in printed.getvalue()
+
+
+@pytest.mark.parametrize(("count", "left_out"), [(1, 0), (5, 0), (6, 0), (9, 1), (12, 2), (25, 7), (100, 39)])
+def test_the_range_of_a_median_is_that_of_its_order_statistics(count: int, left_out: int) -> None:
+    """As tables of the sign test have them: of 9 the second and the eighth, of 12 the third and the tenth."""
+    assert median_range(list(range(count, 0, -1))) == (left_out + 1, count - left_out)
 
 
 def test_bounds_hold_at_their_edge() -> None:

@@ -1,0 +1,136 @@
+"""`python -m benchmarks.vllm_storing`: what it costs a vLLM server to store what it computes.
+
+A cold prompt is asked of a server that stores in VCache and of two alike without a connector, right after one
+another, the order changing from prompt to prompt; meanwhile the others are stopped. The two without say how
+far two servers that do the same differ here. To be run in the environment that `make test-vllm` makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.report import MEDIAN_RANGE_SAYS, ROOT, commit, cpu, machine, median_range, result_path
+from benchmarks.vllm_servers import SEGMENT, Folder, folder, forget
+from benchmarks.vllm_workload import LAYERS, LENGTHS, MODELS, Prompts, in_turns, random_prompts, stir, warm
+from demo.random_model import fast_dtype, make_model
+from demo.vllm_client import complete
+
+RATIO_MAX = 1.03
+
+COLD, TWIN, STORING = "cold", "cold, another server", "cold, VCache storing"
+
+
+@dataclass
+class Cold:
+    """Seconds to the first token of cold prompts, by server and length; as many of each server."""
+
+    ttft_s: dict[tuple[str, int], list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def storing(self, length: int) -> list[float]:
+        """Of each prompt: what it took while stored, over the mean of the two servers without VCache."""
+        return [
+            2 * stored / (one + other)
+            for stored, one, other in zip(
+                *(self.ttft_s[name, length] for name in (STORING, COLD, TWIN)), strict=True
+            )
+        ]
+
+    def between_twins(self, length: int) -> list[float]:
+        """Of each prompt: the ratio of the two servers that do the same."""
+        return [a / b for a, b in zip(self.ttft_s[TWIN, length], self.ttft_s[COLD, length], strict=True)]
+
+
+def measure(where: Folder, ports: dict[str, int], prompts: Prompts, cold: Cold) -> None:
+    """Ask all prompts, each of all servers. ports: of COLD, TWIN and STORING."""
+    names = list(ports)
+    for turn, (length, _, prompt) in enumerate(in_turns(prompts)):
+        for at in range(len(names)):
+            name = names[(turn + at) % len(names)]
+            where.only(ports[name])
+            stir(ports[name], turn)
+            cold.ttft_s[name, length].append(complete(ports[name], prompt, max_tokens=1).ttft_s)
+            if name == STORING:
+                forget(ports[name])  # which waits until all is stored
+
+
+def add_rows(table: Table, cold: Cold, lengths: Sequence[int]) -> bool:
+    """What was found, a column for each length; whether it is what is wanted."""
+    table.add_row(
+        f"cold, storing / cold (wanted ≤ {RATIO_MAX})", *(_ratio(cold.storing(each)) for each in lengths)
+    )
+    table.add_row("two servers that do the same", *(_ratio(cold.between_twins(each)) for each in lengths))
+    return all(statistics.median(cold.storing(each)) <= RATIO_MAX for each in lengths)
+
+
+def _ratio(ratios: list[float]) -> str:
+    low, high = median_range(ratios)
+    return f"{statistics.median(ratios):.3f} ({low:.2f}-{high:.2f})"
+
+
+def main() -> int:
+    """Measure, print; 0 if the wanted bound is met."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--lengths", nargs="*", type=int, default=list(LENGTHS), help="of prompts, in tokens")
+    parser.add_argument("--prompts", type=int, default=12, help="of each length, and start (12)")
+    parser.add_argument("--starts", type=int, default=2, help="of all servers, each anew (2)")
+    parser.add_argument("--cores", default="0-1", help="as VLLM_CPU_OMP_THREADS_BIND says them (0-1)")
+    parser.add_argument("--write", action="store_true", help="keep the figures in benchmarks/results/")
+    options = parser.parse_args()
+    console = Console(width=118, record=True)
+    console.print(machine())
+    good = True
+    with tempfile.TemporaryDirectory(prefix="vct", dir="/dev/shm") as name:
+        for label in options.models:
+            model = make_model(Path(name) / label, kv_heads=MODELS[label], layers=LAYERS)
+            cold = Cold()
+            for start in range(options.starts):
+                with folder(Path(name) / f"{label}-{start}") as where:
+                    _start_and_measure(where, model, options, cold)
+            good &= _report(console, label, cold, options.lengths)
+            shutil.rmtree(model)
+    if options.write:
+        path = result_path(cpu(), f"vllm-storing-{commit()}")
+        path.write_text(f"# What storing costs\n\n```\n{console.export_text()}```\n")
+        print(path.relative_to(ROOT))
+    return 0 if good else 1
+
+
+def _start_and_measure(where: Folder, model: Path, options: argparse.Namespace, cold: Cold) -> None:
+    where.start_pool()
+    ports: dict[str, int] = {}
+    for name in (COLD, TWIN, STORING):
+        ports[name] = where.start_vllm(
+            model, options.cores, where.vcache(SEGMENT) if name == STORING else None
+        )
+        where.only(ports[name])
+        warm(ports[name])
+        where.stop_all()
+    measure(where, ports, {each: random_prompts(2, each, options.prompts) for each in options.lengths}, cold)
+
+
+def _report(console: Console, label: str, cold: Cold, lengths: Sequence[int]) -> bool:
+    table = Table("TTFT in ms", *map(str, lengths), title=f"{label}, {fast_dtype()}: medians")
+    for name in (COLD, TWIN, STORING):
+        found = [statistics.median(cold.ttft_s[name, length]) * 1e3 for length in lengths]
+        table.add_row(name, *(f"{each:.0f}" for each in found))
+    table.add_section()
+    good = add_rows(table, cold, lengths)
+    console.print(table)
+    console.print(f"in brackets: {MEDIAN_RANGE_SAYS}")
+    return good
+
+
+if __name__ == "__main__":
+    sys.exit(main())
