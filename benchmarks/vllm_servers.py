@@ -35,7 +35,7 @@ VCACHE: dict[str, Any] = {
 class Folder:
     """Where a run keeps its logs, sockets and files; what was started in it ends with the stack."""
 
-    def __init__(self, path: Path, stack: ExitStack, engines: dict[int, Child] | None = None) -> None:
+    def __init__(self, path: Path, stack: ExitStack, engines: dict[int, list[Child]] | None = None) -> None:
         self.path = path
         self.runtime = path / "run"
         self._stack = stack
@@ -70,10 +70,11 @@ class Folder:
 
         self._stack.callback(end)
 
-    def start_pool(self) -> None:
+    def start_pool(self) -> Child:
         """A metadata server; engines lend the segments."""
         server = self.start("metadata", ["metadata_server.server", "--runtime-dir", str(self.runtime)])
         server.wait_for_log("ready")
+        return server
 
     def start_vllm(
         self,
@@ -106,12 +107,12 @@ class Folder:
         child = self.start("vllm", arguments, bound)
         self._stack.callback(_send, child, signal.SIGCONT)  # what is stopped does not end
         child.wait_until(partial(healthy, port), START_SECONDS_MAX, "answer")
-        self._engines[port] = child
+        self._engines[port] = [child]
         return port
 
     def stop_vllm(self, port: int) -> None:
         """End the server at this port."""
-        child = self._engines.pop(port)
+        child = self._engines.pop(port)[0]
         _send(child, signal.SIGCONT)
         child.end()
         _send(child, signal.SIGKILL)  # what it has left behind
@@ -121,13 +122,24 @@ class Folder:
         cores, too.
         """
         self.stop_all(but=port)
-        _send(self._engines[port], signal.SIGCONT)
+        for child in self._engines[port]:
+            _send(child, signal.SIGCONT)
 
     def stop_all(self, *, but: int = 0) -> None:
         """Stop all servers, but perhaps the one at this port, until it is their turn."""
-        for port, child in self._engines.items():
-            if port != but:
+        for port, children in self._engines.items():
+            for child in children if port != but else ():
                 _send(child, signal.SIGSTOP)
+
+    @contextmanager
+    def tied(self, port: int, child: Child) -> Iterator[None]:
+        """Stop and continue another process with the server at this port."""
+        self._engines[port].append(child)
+        try:
+            yield
+        finally:
+            self._engines[port].remove(child)
+            _send(child, signal.SIGCONT)
 
     @contextmanager
     def within(self, name: str) -> Iterator[Folder]:

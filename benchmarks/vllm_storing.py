@@ -1,8 +1,9 @@
 """`python -m benchmarks.vllm_storing`: what it costs a vLLM server to store what it computes.
 
-A cold prompt is asked of a server that stores in VCache and of two alike without a connector, right after one
-another, the order changing from prompt to prompt; meanwhile the others are stopped. The two without say how
-far two servers that do the same differ here. To be run in the environment that `make test-vllm` makes.
+A cold prompt is asked of a server that stores in VCache and of two alike without a connector. They compute it
+in slices of a tenth of a second, in turns, and each one's time is that in which it ran, the metadata server
+with the one that stores (`vllm_slices.py`). The two without say how far two servers that do the same differ
+here. To be run in the environment that `make test-vllm` makes.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from rich.table import Table
 
 from benchmarks.report import MEDIAN_RANGE_SAYS, ROOT, commit, cpu, machine, median_range, result_path
 from benchmarks.vllm_servers import SEGMENT, Folder, folder, forget
+from benchmarks.vllm_slices import ttft_in_slices
 from benchmarks.vllm_workload import LAYERS, LENGTHS, MODELS, Prompts, in_turns, random_prompts, stir, warm
+from demo.processes import Child
 from demo.random_model import fast_dtype, make_model
-from demo.vllm_client import complete
 
 RATIO_MAX = 1.03
 
@@ -51,17 +53,20 @@ class Cold:
         return [a / b for a, b in zip(self.ttft_s[TWIN, length], self.ttft_s[COLD, length], strict=True)]
 
 
-def measure(where: Folder, ports: dict[str, int], prompts: Prompts, cold: Cold) -> None:
-    """Ask all prompts, each of all servers. ports: of COLD, TWIN and STORING."""
-    names = list(ports)
+def measure(where: Folder, pool: Child, ports: dict[str, int], prompts: Prompts, cold: Cold) -> None:
+    """Ask all prompts, each of all servers. pool: the metadata server. ports: of COLD, TWIN and STORING."""
     for turn, (length, _, prompt) in enumerate(in_turns(prompts)):
-        for at in range(len(names)):
-            name = names[(turn + at) % len(names)]
+        first = turn % len(ports)
+        names = [*list(ports)[first:], *list(ports)[:first]]
+        for name in names:
             where.only(ports[name])
             stir(ports[name], turn)
-            cold.ttft_s[name, length].append(complete(ports[name], prompt, max_tokens=1).ttft_s)
-            if name == STORING:
-                forget(ports[name])  # which waits until all is stored
+        with where.tied(ports[STORING], pool):
+            found = ttft_in_slices(where, [ports[name] for name in names], prompt)
+        for name, seconds in zip(names, found, strict=True):
+            cold.ttft_s[name, length].append(seconds)
+        where.only(ports[STORING])
+        forget(ports[STORING])  # which waits until all is stored
 
 
 def add_rows(table: Table, cold: Cold, lengths: Sequence[int]) -> bool:
@@ -108,7 +113,7 @@ def main() -> int:
 
 
 def _start_and_measure(where: Folder, model: Path, options: argparse.Namespace, cold: Cold) -> None:
-    where.start_pool()
+    pool = where.start_pool()
     ports: dict[str, int] = {}
     for name in (COLD, TWIN, STORING):
         ports[name] = where.start_vllm(
@@ -117,7 +122,9 @@ def _start_and_measure(where: Folder, model: Path, options: argparse.Namespace, 
         where.only(ports[name])
         warm(ports[name])
         where.stop_all()
-    measure(where, ports, {each: random_prompts(2, each, options.prompts) for each in options.lengths}, cold)
+    measure(
+        where, pool, ports, {each: random_prompts(2, each, options.prompts) for each in options.lengths}, cold
+    )
 
 
 def _report(console: Console, label: str, cold: Cold, lengths: Sequence[int]) -> bool:

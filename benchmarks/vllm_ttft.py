@@ -155,7 +155,7 @@ def _vcache(
     options: argparse.Namespace,
 ) -> None:
     """One engine computes and stores in its segment, another one hits there."""
-    where.start_pool()
+    pool = where.start_pool()
     writer = where.start_vllm(model, options.cores, where.vcache(SEGMENT))
     where.only(writer)
     warm(writer, 98)
@@ -165,9 +165,9 @@ def _vcache(
     warm(twin)
     ports = {COLD: floor, TWIN: twin, STORING: writer}
     measure_storing(
-        where, ports, {each: random_prompts(2, each, options.storing) for each in LENGTHS}, figures.cold
+        where, pool, ports, {each: random_prompts(2, each, options.storing) for each in LENGTHS}, figures.cold
     )
-    measure_storing(where, ports, prompts, figures.cold)
+    measure_storing(where, pool, ports, prompts, figures.cold)
     where.stop_vllm(twin)
     reader = where.start_vllm(model, options.cores, where.vcache())
     where.only(reader)

@@ -33,6 +33,7 @@ from benchmarks.report import (
     summary,
 )
 from benchmarks.slot import Part, Slot, run_part
+from benchmarks.vllm_slices import seconds_until
 from tests.processes.worker import eventually
 from vcache.layout import KVLayout
 from vcache.limits import KIB, MIB
@@ -67,6 +68,11 @@ def test_what_storing_costs_is_beside_two_servers_without() -> None:
     assert cold.between_twins(512) == pytest.approx([1.0, 1.0, 3.0])
     assert not vllm_storing._report(Console(file=printed, width=200), "model", cold, [512])
     assert "1.050 (1.00-1.10)" in printed.getvalue()
+
+
+def test_a_servers_time_is_that_of_its_slices_until_the_token() -> None:
+    assert seconds_until(3.5, [(0.0, 1.0), (3.0, 4.0), (6.0, 7.0)]) == 1.5
+    assert seconds_until(9.0, [(0.0, 1.0), (3.0, 4.0)]) == 2.0
 
 
 @pytest.mark.parametrize(("count", "left_out"), [(1, 0), (5, 0), (6, 0), (9, 1), (12, 2), (25, 7), (100, 39)])
