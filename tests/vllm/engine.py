@@ -84,13 +84,13 @@ class Engine:
         return bool(self.llm.reset_prefix_cache(reset_connector=connector))
 
     def metrics(self) -> dict[str, float]:
-        """vLLM's Prometheus metrics of ours, summed over labels."""
+        """vLLM's Prometheus metrics of ours, and of preemption and speculation, summed over labels."""
         from prometheus_client import REGISTRY
 
         found: dict[str, float] = {}
         for family in REGISTRY.collect():
             for sample in family.samples:
-                ours = sample.name.startswith(("vllm:vcache", "vllm:num_preemptions"))
+                ours = sample.name.startswith(("vllm:vcache", "vllm:num_preemptions", "vllm:spec_decode"))
                 if ours and not sample.name.endswith("_created"):
                     found[sample.name] = found.get(sample.name, 0.0) + sample.value
         return found

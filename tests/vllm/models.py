@@ -129,6 +129,27 @@ def blip2(folder: Path, *, seed: int = 0) -> Path:
     return _save(folder, config, seed, Blip2ForConditionalGeneration._from_config)
 
 
+def eagle(folder: Path, *, seed: int = 0) -> Path:
+    """An EAGLE head for `llama`: one layer that sees the model's hidden states, too."""
+    import json
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((llama(folder, seed=seed) / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    weights = load_file(folder / "model.safetensors")
+    width, layer = config["hidden_size"], "model.layers.0."
+    head = {
+        name.removeprefix("model."): weight
+        for name, weight in weights.items()
+        if name.startswith(layer) and "input_layernorm" not in name
+    }
+    head["fc.weight"] = torch.randn(width, 2 * width, dtype=torch.bfloat16) * 0.08
+    save_file(head, folder / "model.safetensors")
+    return folder
+
+
 def adapter(folder: Path, *, seed: int = 0) -> Path:
     """A LoRA adapter for `llama`."""
     import json
