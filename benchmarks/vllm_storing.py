@@ -24,7 +24,17 @@ from rich.table import Table
 from benchmarks.report import MEDIAN_RANGE_SAYS, ROOT, commit, cpu, machine, median_range, result_path
 from benchmarks.vllm_servers import SEGMENT, Folder, folder, forget
 from benchmarks.vllm_slices import ttft_in_slices
-from benchmarks.vllm_workload import LAYERS, LENGTHS, MODELS, Prompts, in_turns, random_prompts, stir, warm
+from benchmarks.vllm_workload import (
+    LAYERS,
+    LENGTHS,
+    MODELS,
+    Prompts,
+    at_least_one,
+    in_turns,
+    random_prompts,
+    stir,
+    warm,
+)
 from demo.processes import Child
 from demo.random_model import fast_dtype, make_model
 
@@ -86,14 +96,16 @@ def _ratio(ratios: list[float]) -> str:
 def main() -> int:
     """Measure, print; 0 if the wanted bound is met."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--lengths", nargs="*", type=int, default=list(LENGTHS), help="of prompts, in tokens")
-    parser.add_argument("--prompts", type=int, default=12, help="of each length, and start (12)")
-    parser.add_argument("--starts", type=int, default=2, help="of all servers, each anew (2)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument(
+        "--lengths", nargs="+", type=at_least_one, default=list(LENGTHS), help="of prompts, in tokens"
+    )
+    parser.add_argument("--prompts", type=at_least_one, default=12, help="of each length, and start (12)")
+    parser.add_argument("--starts", type=at_least_one, default=2, help="of all servers, each anew (2)")
     parser.add_argument("--cores", default="0-1", help="as VLLM_CPU_OMP_THREADS_BIND says them (0-1)")
     parser.add_argument("--write", action="store_true", help="keep the figures in benchmarks/results/")
     options = parser.parse_args()
-    console = Console(width=118, record=True)
+    console = Console(width=130, record=True)
     console.print(machine())
     good = True
     with tempfile.TemporaryDirectory(prefix="vct", dir="/dev/shm") as name:

@@ -38,6 +38,7 @@ from benchmarks.vllm_workload import (
     LENGTHS,
     MODELS,
     Prompts,
+    at_least_one,
     cached_tokens,
     in_turns,
     random_prompts,
@@ -83,18 +84,20 @@ class Figures:
 def main() -> int:
     """Measure, print; 0 if the wanted bounds are met."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--prompts", type=int, default=2, help="of each length, to be hit (2)")
-    parser.add_argument("--rounds", type=_at_least_one, default=60, help="hits of each prompt in VCache (60)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--prompts", type=at_least_one, default=2, help="of each length, to be hit (2)")
+    parser.add_argument("--rounds", type=at_least_one, default=60, help="hits of each prompt in VCache (60)")
     parser.add_argument(
-        "--peer-rounds", type=_at_least_one, default=12, help="hits of each prompt elsewhere (12)"
+        "--peer-rounds", type=at_least_one, default=12, help="hits of each prompt elsewhere (12)"
     )
-    parser.add_argument("--storing", type=int, default=12, help="prompts that are only stored (12)")
+    parser.add_argument(
+        "--storing", type=at_least_one, default=12, help="prompts of each length that are only stored (12)"
+    )
     parser.add_argument("--cores", default="0-1", help="as VLLM_CPU_OMP_THREADS_BIND says them (0-1)")
     parser.add_argument("--without", nargs="*", default=[], help="of: example lmcache mooncake chat")
     parser.add_argument("--write", action="store_true", help="keep the figures in benchmarks/results/")
     options = parser.parse_args()
-    console = Console(width=118, record=True)
+    console = Console(width=130, record=True)
     console.print(machine())
     good = True
     with tempfile.TemporaryDirectory(prefix="vct", dir="/dev/shm") as name:
@@ -107,13 +110,6 @@ def main() -> int:
         path.write_text(f"# Time to the first token\n\n```\n{console.export_text()}```\n")
         print(path.relative_to(ROOT))
     return 0 if good else 1
-
-
-def _at_least_one(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"got {count}, wanted at least 1")
-    return count
 
 
 def _measure_model(

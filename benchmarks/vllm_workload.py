@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 
 from benchmarks.vllm_servers import BLOCK_TOKENS
@@ -55,3 +56,11 @@ def stir(port: int, number: int) -> None:
     processor's caches is not there any more. number: another one each time.
     """
     complete(port, [3, 4, 5 + number % 1000], max_tokens=1)
+
+
+def at_least_one(text: str) -> int:
+    """A count that an option gives. Raises ArgumentTypeError."""
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"got {count}, wanted at least 1")
+    return count
