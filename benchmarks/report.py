@@ -24,7 +24,9 @@ from vcache.limits import GIB
 ROOT: Final = Path(__file__).resolve().parents[1]
 RESULTS: Final = ROOT / "benchmarks" / "results"
 WIDTH_PIPED: Final = 100
-MEDIAN_RANGE_SAYS: Final = "where the median lies with a probability of 95 %"
+MEDIAN_RANGE_SAYS: Final = (
+    "in brackets: where the median lies with a probability of 95 % (of fewer than 6: all)"
+)
 
 
 @dataclass(frozen=True)

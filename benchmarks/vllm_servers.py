@@ -24,6 +24,10 @@ from demo.vllm_client import healthy
 START_SECONDS_MAX = 600.0
 BLOCK_TOKENS = 32
 SEGMENT = "2GiB"
+PROMPT_TOKENS_MAX = 8000
+
+STEP_TOKENS = 4096
+"""More than the longest prompt has: ExampleConnector ends an engine that takes two steps."""
 
 VCACHE: dict[str, Any] = {
     "kv_connector": "VCacheConnector",
@@ -46,6 +50,7 @@ class Folder:
         """Start `python -m …`."""
         self._started += 1
         child = Child(f"{self._started} {name}", arguments, self.path, environ=environ)
+        self._stack.callback(_send, child, signal.SIGKILL)  # what it has left behind
         self._stack.callback(child.end)
         return child
 
@@ -83,8 +88,9 @@ class Folder:
         transfer: dict[str, Any] | None = None,
         *,
         environ: Mapping[str, str] | None = None,
+        step_tokens: int = STEP_TOKENS,
     ) -> int:
-        """Start a vLLM server and wait until it answers; its port."""
+        """Start a vLLM server and wait until it answers; its port. step_tokens: of a step at most."""
         port = free_port()
         arguments = [
             "vllm.entrypoints.openai.api_server",
@@ -92,7 +98,7 @@ class Folder:
             *("--max-model-len", "8192", "--block-size", str(BLOCK_TOKENS), "--enforce-eager"),
             *("--prefix-caching-hash-algo", "sha256_cbor", "--enable-prompt-tokens-details"),
             *("--max-num-seqs", "8", "--dtype", fast_dtype()),
-            *("--max-num-batched-tokens", "4096"),  # ExampleConnector ends an engine that takes two steps
+            *("--max-num-batched-tokens", str(step_tokens)),
         ]
         if transfer is not None:
             arguments += ["--kv-transfer-config", json.dumps(transfer)]

@@ -27,7 +27,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import ROOT, commit, cpu, machine, result_path
+from benchmarks.report import MEDIAN_RANGE_SAYS, ROOT, commit, cpu, machine, result_path
 from benchmarks.vllm_chats import chats
 from benchmarks.vllm_peers import PEERS
 from benchmarks.vllm_servers import SEGMENT, Folder, folder, forget
@@ -281,6 +281,7 @@ def _report(console: Console, label: str, figures: Figures, kv_bytes: int) -> bo
     table.add_row("wanted: 1.5 × memcpy + 3 ms", *(f"≤ {bound:.1f}" for bound in bounds))
     cheap = add_rows(table, figures.cold, LENGTHS)
     console.print(table)
+    console.print(f"{MEDIAN_RANGE_SAYS}; slices: of servers that compute at once, in turns")
     for name, why in figures.left_out.items():
         console.print(f"left out: {name}: {why}", markup=False)
     met = all(a <= b for a, b in zip(over[OURS], bounds, strict=True))

@@ -129,6 +129,19 @@ def blip2(folder: Path, *, seed: int = 0) -> Path:
     return _save(folder, config, seed, Blip2ForConditionalGeneration._from_config)
 
 
+def drafter(folder: Path, *, seed: int = 0) -> Path:
+    """A `llama` whose weights are a little off: most of what it says is what that would say."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    llama(folder, seed=seed)
+    weights = load_file(folder / "model.safetensors")
+    torch.manual_seed(seed + 1)
+    off = {name: weight + torch.randn_like(weight) * 0.01 for name, weight in weights.items()}
+    save_file(off, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 def eagle(folder: Path, *, seed: int = 0) -> Path:
     """An EAGLE head for `llama`: one layer that sees the model's hidden states, too."""
     import json
@@ -146,7 +159,7 @@ def eagle(folder: Path, *, seed: int = 0) -> Path:
         if name.startswith(layer) and "input_layernorm" not in name
     }
     head["fc.weight"] = torch.randn(width, 2 * width, dtype=torch.bfloat16) * 0.08
-    save_file(head, folder / "model.safetensors")
+    save_file(head, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
