@@ -73,7 +73,8 @@ def test_engines_that_guess_share_what_they_verified(
                 assert guesses(engine, "accepted") - before == right
             forget(engine)
     for engine in (one, other):
-        assert 0 < guesses(engine, "accepted") < guesses(engine, "draft")
+        right, all_of_them = guesses(engine, "accepted"), guesses(engine, "draft")
+        assert right < all_of_them and (right > 0 or method == "eagle")  # whose head was never trained
     machine.nothing_is_held()
     for engine in (one, other):
         engine.kill()
