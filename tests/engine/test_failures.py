@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -19,6 +20,14 @@ from vcache.engine import Location, VCacheEngine
 from vcache.tiers import Found, MemoryTier
 
 # -- lower tiers
+
+
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Ctrl-C is heard, also where a shell has started this in its background, with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_chunk_that_the_pool_lost_comes_from_the_tier_and_is_promoted(pool: Pool) -> None:
@@ -144,6 +153,7 @@ def lower_answers(engine: VCacheEngine) -> bool:
     return lower.contains([b"?" * 32]) == [False]
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_leaves_what_a_tier_still_reads_into_reserved() -> None:
     with Pool() as own:
         own.start_server()
@@ -152,6 +162,7 @@ def test_an_interrupt_leaves_what_a_tier_still_reads_into_reserved() -> None:
         own.check()
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_what_a_tier_still_reads_into_stays_mapped_when_its_holder_dies() -> None:
     with Pool() as own:
         own.start_server()
