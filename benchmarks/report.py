@@ -77,6 +77,13 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
+def keep(console: Console, title: str, name: str) -> None:
+    """Write what a recording console has printed into a file of the results, and say which."""
+    path = result_path(cpu(), f"{name}-{commit()}")
+    path.write_text(f"# {title}\n\n```\n{console.export_text()}```\n")
+    print(path.relative_to(ROOT))
+
+
 def median_range(values: Sequence[float]) -> tuple[float, float]:
     """Two of the values, between which the median of what they are drawn from lies with a probability of 95 %
     (all of them for fewer than 6 values, which say less).

@@ -12,10 +12,8 @@ computed. To be run in the environment that `make test-vllm` makes.
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,7 +23,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import MEDIAN_RANGE_SAYS, ROOT, commit, cpu, machine, median_range, result_path
+from benchmarks.report import MEDIAN_RANGE_SAYS, keep, machine, median_range
 from benchmarks.vllm_servers import (
     BLOCK_TOKENS,
     PROMPT_TOKENS_MAX,
@@ -37,18 +35,18 @@ from benchmarks.vllm_servers import (
 )
 from benchmarks.vllm_slices import ttft_in_slices
 from benchmarks.vllm_workload import (
-    LAYERS,
     LENGTHS,
     MODELS,
     Prompts,
     at_least_one,
     in_turns,
+    made_models,
     random_prompts,
     stir,
     warm,
 )
 from demo.processes import Child
-from demo.random_model import fast_dtype, make_model
+from demo.random_model import fast_dtype
 from demo.vllm_client import metric
 
 RATIO_MAX = 1.03
@@ -136,20 +134,15 @@ def main() -> int:
     console = Console(width=130, record=True)
     console.print(machine())
     good = True
-    with tempfile.TemporaryDirectory(prefix="vct", dir="/dev/shm") as name:
-        for label in options.models:
-            model = make_model(Path(name) / label, kv_heads=MODELS[label], layers=LAYERS)
-            cold = Cold()
-            for start in range(options.starts):
-                with folder(Path(name) / f"{label}-{start}") as where:
-                    _start_and_measure(where, model, options, cold)
-            title = f"{label}, {fast_dtype()}, steps of {options.step_tokens} tokens: medians"
-            good &= _report(console, title, cold, options.lengths)
-            shutil.rmtree(model)
+    for label, base, model in made_models(options.models):
+        cold = Cold()
+        for start in range(options.starts):
+            with folder(base / f"{label}-{start}") as where:
+                _start_and_measure(where, model, options, cold)
+        title = f"{label}, {fast_dtype()}, steps of {options.step_tokens} tokens: medians"
+        good &= _report(console, title, cold, options.lengths)
     if options.write:
-        path = result_path(cpu(), f"vllm-storing-{commit()}")
-        path.write_text(f"# What storing costs\n\n```\n{console.export_text()}```\n")
-        print(path.relative_to(ROOT))
+        keep(console, "What storing costs", "vllm-storing")
     return 0 if good else 1
 
 

@@ -12,10 +12,8 @@ run in the environment that `make test-vllm` makes.
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from contextlib import suppress
@@ -27,27 +25,27 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import MEDIAN_RANGE_SAYS, ROOT, commit, cpu, machine, result_path
+from benchmarks.report import MEDIAN_RANGE_SAYS, keep, machine
 from benchmarks.vllm_chats import chats
 from benchmarks.vllm_peers import PEERS
 from benchmarks.vllm_servers import SEGMENT, Folder, folder, forget
 from benchmarks.vllm_storing import COLD, STORING, TWIN, Cold, add_rows
 from benchmarks.vllm_storing import measure as measure_storing
 from benchmarks.vllm_workload import (
-    LAYERS,
     LENGTHS,
     MODELS,
     Prompts,
     at_least_one,
     cached_tokens,
     in_turns,
+    made_models,
     random_prompts,
     stir,
     token_bytes,
     warm,
 )
 from demo.processes import DemoFailed
-from demo.random_model import fast_dtype, make_model
+from demo.random_model import fast_dtype
 from demo.vllm_client import complete
 
 FLOOR_ROUNDS = 3
@@ -100,15 +98,10 @@ def main() -> int:
     console = Console(width=130, record=True)
     console.print(machine())
     good = True
-    with tempfile.TemporaryDirectory(prefix="vct", dir="/dev/shm") as name:
-        for label in options.models:
-            model = make_model(Path(name) / label, kv_heads=MODELS[label], layers=LAYERS)
-            good &= _measure_model(console, Path(name), label, model, options)
-            shutil.rmtree(model)
+    for label, base, model in made_models(options.models):
+        good &= _measure_model(console, base, label, model, options)
     if options.write:
-        path = result_path(cpu(), f"vllm-{commit()}")
-        path.write_text(f"# Time to the first token\n\n```\n{console.export_text()}```\n")
-        print(path.relative_to(ROOT))
+        keep(console, "Time to the first token", "vllm")
     return 0 if good else 1
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from benchmarks.vllm_servers import BLOCK_TOKENS
-from demo.random_model import DTYPE_BYTES, VOCABULARY, fast_dtype
+from demo.random_model import DTYPE_BYTES, VOCABULARY, fast_dtype, make_model
 from demo.vllm_client import complete
 
 LENGTHS = (512, 1024, 2048, 3000)
@@ -32,6 +36,15 @@ def in_turns(prompts: Prompts) -> list[tuple[int, int, list[int]]]:
     most = max(len(each) for each in prompts.values())
     turns = ((number, length) for number in range(most) for length in prompts)
     return [(length, at, prompts[length][at]) for at, length in turns if at < len(prompts[length])]
+
+
+def made_models(labels: Sequence[str]) -> Iterator[tuple[str, Path, Path]]:
+    """(label, folder for runs, model) of each of MODELS asked for; gone when the next one is asked for."""
+    with tempfile.TemporaryDirectory(prefix="vct", dir="/dev/shm") as name:
+        for label in labels:
+            model = make_model(Path(name) / label, kv_heads=MODELS[label], layers=LAYERS)
+            yield label, Path(name), model
+            shutil.rmtree(model)
 
 
 def token_bytes(model: str) -> int:

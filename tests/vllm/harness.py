@@ -101,6 +101,11 @@ class EngineProcess:
         self._answers.close()
 
 
+def forget(engine: EngineProcess) -> None:
+    """Empty the engine's own prefix cache, which waits for what is on its way to the pool."""
+    eventually(lambda: engine.call("reset"), "no block is in use")
+
+
 class Machine:
     """A runtime directory, and what runs in it: `with Machine(folder) as machine:`."""
 

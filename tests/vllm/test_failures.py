@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.harness import START_S, EngineProcess, Machine, eventually, prompt
+from tests.vllm.harness import START_S, EngineProcess, Machine, eventually, forget, prompt
 
 FAULTY: dict[str, Any] = {"kv_connector": "FaultyConnector", "kv_connector_module_path": "tests.vllm.faulty"}
 TOKENS = 400
@@ -76,11 +76,6 @@ def served(faults: Faults, engines: dict[str, EngineProcess]) -> None:
 
 
 KINDS = ["async recompute", "sync recompute", "async fail", "sync fail"]
-
-
-def forget(engine: EngineProcess) -> None:
-    """Empty the engine's own prefix cache."""
-    eventually(lambda: engine.call("reset"), "no block is in use")
 
 
 def in_the_pool(engine: EngineProcess, asked: list[int]) -> dict[str, Any]:

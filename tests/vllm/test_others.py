@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.harness import BLOCK, START_S, EngineFailed, EngineProcess, Machine, eventually, prompt
+from tests.vllm.harness import (
+    BLOCK,
+    START_S,
+    EngineFailed,
+    EngineProcess,
+    Machine,
+    eventually,
+    forget,
+    prompt,
+)
 from tests.vllm.models import IMAGE_TOKENS
 
 pytestmark = pytest.mark.long
@@ -26,11 +35,6 @@ def pool(machine: Machine) -> Machine:
 def writer(pool: Machine, model: Callable[..., Path]) -> EngineProcess:
     """An engine with the usual model."""
     return pool.engine(model("llama"), name="writer")
-
-
-def forget(engine: EngineProcess) -> None:
-    """Empty the engine's own prefix cache, which waits for what is on its way to the pool."""
-    eventually(lambda: engine.call("reset"), "no block is in use")
 
 
 def start(pool: Machine, *engines: dict[str, Any]) -> list[EngineProcess]:

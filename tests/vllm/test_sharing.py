@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.vllm.harness import BLOCK, START_S, EngineProcess, Machine, eventually, prompt
+from tests.vllm.harness import BLOCK, START_S, EngineProcess, Machine, eventually, forget, prompt
 
 
 class Pair(NamedTuple):
@@ -40,11 +40,6 @@ def pair(machine: Machine, model: Callable[..., Path]) -> Pair:
 def stored(pair: Pair, engine: EngineProcess) -> None:
     """Wait until the engine has nothing on its way to the pool."""
     forget(engine)
-
-
-def forget(engine: EngineProcess) -> None:
-    """Empty the engine's own prefix cache, which waits for what is on its way to the pool."""
-    eventually(lambda: engine.call("reset"), "no block is in use")
 
 
 def own_hit(engine: EngineProcess, asked: list[int], **how: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.harness import BLOCK, START_S, EngineProcess, Machine, eventually, prompt
+from tests.vllm.harness import BLOCK, START_S, EngineProcess, Machine, forget, prompt
 
 
 def speculation(method: str, model: Callable[..., Path]) -> dict[str, Any]:
@@ -23,11 +23,6 @@ def speculation(method: str, model: Callable[..., Path]) -> dict[str, Any]:
         "eagle": {"model": str(model("eagle"))},
     }
     return {"method": method, "num_speculative_tokens": 3, **beside[method]}
-
-
-def forget(engine: EngineProcess) -> None:
-    """Empty the engine's own prefix cache, which waits for what is on its way to the pool."""
-    eventually(lambda: engine.call("reset"), "no block is in use")
 
 
 def guesses(engine: EngineProcess, kind: str) -> float:
